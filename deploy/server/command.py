@@ -1,0 +1,53 @@
+"""The command line and the environment of tritonserver."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from deploy.server.endpoint import HOST, ServerOptions
+from deploy.server.ports import Ports
+from deploy.server.runtime import Runtime
+
+# "model-config" is not among them: the client reads the request signature from the model's config parameters.
+_CLOSED = "shared-memory,model-repository,statistics,trace,logging"
+
+
+def server_command(
+    *, runtime: Runtime, options: ServerOptions, ports: Ports, server_id: str, admin_key: str
+) -> tuple[str, ...]:
+    """tritonserver on the loopback interface, its models fixed, everything but inference behind `admin_key`."""
+    return (
+        str(runtime.executable),
+        f"--id={server_id}",
+        f"--model-repository={options.repository.absolute()}",
+        "--model-control-mode=none",
+        "--disable-auto-complete-config",
+        "--strict-readiness=true",
+        f"--exit-timeout-secs={options.exit_timeout_s}",
+        f"--grpc-address={HOST}",
+        f"--grpc-port={ports.grpc}",
+        f"--grpc-restricted-protocol={_CLOSED}:admin={admin_key}",
+        f"--http-address={HOST}",
+        f"--http-port={ports.http}",
+        f"--http-restricted-api={_CLOSED}:admin={admin_key}",
+        f"--metrics-address={HOST}",
+        f"--metrics-port={ports.metrics}",
+        "--allow-sagemaker=false",
+        "--allow-vertex-ai=false",  # on by itself, and on every interface, under AIP_MODE=PREDICTION
+        "--allow-gpu-metrics=false",
+        f"--backend-directory={runtime.backends}",
+        f"--backend-config=python,shm-region-prefix-name={server_id}",
+    )
+
+
+def server_environment(runtime: Runtime, environment: Mapping[str, str]) -> dict[str, str]:
+    """The stub finds this Python's packages by PATH alone; PYTHONPATH and PYTHONHOME could name another's."""
+    kept = {name: value for name, value in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    path = (str(Path(sys.executable).parent), environment.get("PATH", os.defpath))
+    libraries = (runtime.library_path, environment.get("LD_LIBRARY_PATH", ""))
+    return kept | {
+        "PATH": os.pathsep.join(path),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+        "OMP_NUM_THREADS": "1",  # one thread an instance: OpenMP's spinning threads cost several times the model
+    }

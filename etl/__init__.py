@@ -1,0 +1,1 @@
+"""Feature ETL: raw rows -> parquet shards, schema and fitted transform."""

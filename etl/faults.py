@@ -1,0 +1,19 @@
+"""The user's faults: what every command reports in the same four words and exits with code 2."""
+
+from collections.abc import Sequence
+
+
+class Fault(Exception):
+    """Something the user can mend. The message names the place, what came, what was wanted and the remedy."""
+
+    def __init__(self, place: str, *, got: str, wanted: str, remedy: str) -> None:
+        self.place, self.got, self.wanted, self.remedy = place, got, wanted, remedy
+        super().__init__(f"{place}: got {got}; wanted {wanted}; remedy: {remedy}")
+
+
+class Faults(Exception):
+    """Several faults found in one pass, reported together."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in self.faults))

@@ -1,0 +1,92 @@
+"""The schema: what a dataset folder holds. Written once by the ETL, copied and compared by all later stages."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from etl.artifact import read_json, write_json
+from etl.faults import Fault
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class IdFeature(_Record):
+    """One int64 column of the shards: a row of `table`, 0 = missing or unseen."""
+
+    name: str
+    type: Literal["categorical", "buckets", "cross"]
+    table: str
+    linear_only: bool
+    dtype: Literal["int64"] = "int64"
+
+
+class DenseFeature(_Record):
+    """One float32 column of the shards, without missing values."""
+
+    name: str
+    dtype: Literal["float32"] = "float32"
+
+
+class Table(_Record):
+    """An embedding table; ids run from 0 to rows - 1."""
+
+    name: str
+    rows: int
+
+
+class TaskColumn(_Record):
+    """A label column: float32, 0 or 1. `positive_rate` is that of the training rows."""
+
+    name: str
+    positive_rate: float
+    dtype: Literal["float32"] = "float32"
+
+
+class Schema(_Record):
+    """The one contract between the ETL, training and serving."""
+
+    version: Literal[1] = 1
+    features: tuple[IdFeature, ...]
+    dense: tuple[DenseFeature, ...]
+    tables: tuple[Table, ...]
+    tasks: tuple[TaskColumn, ...]
+
+    def rows(self, table: str) -> int:
+        """Rows of one table."""
+        return next(t.rows for t in self.tables if t.name == table)
+
+    @property
+    def id_names(self) -> list[str]:
+        """Id columns in the order in which they are stored, packed and served."""
+        return [feature.name for feature in self.features]
+
+    @property
+    def dense_names(self) -> list[str]:
+        """Dense columns in the order in which they are stored, packed and served."""
+        return [feature.name for feature in self.dense]
+
+    @property
+    def task_names(self) -> list[str]:
+        """Label columns; predictions come in this order."""
+        return [task.name for task in self.tasks]
+
+    def write(self, folder: Path) -> None:
+        """Writes `schema.json` into an artifact's folder."""
+        write_json(folder / "schema.json", self.model_dump(mode="json"))
+
+
+def read_schema(folder: Path) -> Schema:
+    """The schema of a dataset, run or bundle folder.
+
+    Raises:
+        Fault: it is missing, broken, or of another version.
+    """
+    path = folder / "schema.json"
+    raw = read_json(path, remedy="run the stage that makes this folder again")
+    if raw.get("version") != 1:
+        raise Fault(str(path), got=f"version {raw.get('version')}", wanted="version 1", remedy="make the folder anew")
+    return Schema.model_validate_json(json.dumps(raw))

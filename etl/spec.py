@@ -1,0 +1,184 @@
+"""The feature spec: what an experiment file says about raw data, features, labels and splits."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
+DType = Literal["string", "int64", "float64"]
+
+
+class Section(BaseModel):
+    """A part of the experiment file: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Split(Section):
+    """How the training files are divided where no validation files are given."""
+
+    valid_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training rows held out for validation")
+    seed: int = Field(0, ge=0, description="the split depends on this seed and the row's position alone")
+
+
+class Data(Section):
+    """The raw files. Paths and globs are relative to the folder in which the command runs."""
+
+    format: Literal["csv", "tsv", "parquet"] = Field("csv", description="gz and zst are recognised by the file's name")
+    train: list[str] = Field(min_length=1, description="files or globs, read in sorted order within a glob")
+    valid: list[str] = Field([], description="validation files; empty: [data.split] divides the training files")
+    test: list[str] = Field(min_length=1, description="test files")
+    columns: list[str] = Field([], description="column names of files without a header line")
+    null_values: list[str] = Field([""], description="texts that mean missing, compared after trimming")
+    comment: str | None = Field(None, min_length=1, description="lines that start with this text are skipped")
+    trim: bool = Field(True, description="remove spaces around each value")
+    split: Split = Field(default_factory=Split)
+
+
+class _Id(Section):
+    """What every feature that reads an embedding row shares."""
+
+    linear_only: bool = Field(False, description="a first-order weight alone, no embedding vector")
+
+
+class Categorical(_Id):
+    """A string or integer id looked up in a vocabulary fitted on the training rows, or hashed."""
+
+    type: Literal["categorical"]
+    name: Name | None = Field(None, description="defaults to the column's name")
+    column: str | None = Field(None, description="the raw column; defaults to the name")
+    columns: list[Name] = Field([], description="several columns, each a feature of its own")
+    dtype: Literal["string", "int64"] = Field("string", description="int64 reads whole numbers as categories")
+    min_count: int = Field(1, ge=1, description="values seen less often in training go to row 0")
+    max_rows: int | None = Field(None, ge=2, description="keep the most frequent values, row 0 included")
+    hash_rows: int | None = Field(None, ge=2, description="no vocabulary: hash into this many rows, row 0 included")
+
+
+class Numeric(_Id):
+    """A number, fed to the dense input or cut into buckets that are looked up like ids."""
+
+    type: Literal["numeric"]
+    name: Name | None = Field(None, description="defaults to the column's name")
+    column: str | None = Field(None, description="the raw column; defaults to the name")
+    columns: list[Name] = Field([], description="several columns, each a feature of its own")
+    as_: Literal["dense", "buckets"] = Field("dense", alias="as")
+    fill: float | Literal["mean"] = Field("mean", description="dense: value of a missing number (training mean)")
+    clip: tuple[float, float] | None = Field(None, description="dense: lowest and highest value kept", strict=False)
+    log1p: bool = Field(False, description="dense: log(1 + x); values below 0 count as 0")
+    standardize: bool = Field(True, description="dense: subtract the training mean, divide by the deviation")
+    boundaries: list[float] = Field([], description="buckets: ascending inner edges; x < edge stays left")
+    quantiles: int | None = Field(None, ge=2, description="buckets: this many, with edges at training quantiles")
+
+    @model_validator(mode="after")
+    def _bucket_edges(self) -> "Numeric":
+        if self.as_ == "buckets" and bool(self.boundaries) == (self.quantiles is not None):
+            raise ValueError("as = 'buckets' needs either 'boundaries' or 'quantiles'")
+        if self.as_ == "dense" and (self.boundaries or self.quantiles or self.linear_only):
+            raise ValueError("'boundaries', 'quantiles' and 'linear_only' belong to as = 'buckets'")
+        if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
+            raise ValueError("'boundaries' must ascend")
+        if self.clip and self.clip[0] >= self.clip[1]:
+            raise ValueError("'clip' must be [lowest, highest]")
+        return self
+
+
+class Cross(_Id):
+    """The combination of two or more id features, hashed into its own table."""
+
+    type: Literal["cross"]
+    name: Name
+    inputs: list[Name] = Field(min_length=2, description="names of categorical or bucket features")
+    hash_rows: int = Field(ge=2, description="rows of the table, row 0 (a part is missing) included")
+
+
+Feature = Annotated[Categorical | Numeric | Cross, Field(discriminator="type")]
+
+
+class Task(Section):
+    """A binary label."""
+
+    name: Name
+    column: str | None = Field(None, description="the raw column; defaults to the name")
+    positive: list[str] = Field([], description="texts that mean 1; empty: the column holds 0 and 1")
+    negative: list[str] = Field([], description="texts that mean 0")
+
+    @model_validator(mode="after")
+    def _both_sides(self) -> "Task":
+        if bool(self.positive) != bool(self.negative):
+            raise ValueError("'positive' and 'negative' go together: any other text is a fault in the data")
+        if set(self.positive) & set(self.negative):
+            raise ValueError("a text stands in both 'positive' and 'negative'")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The raw column that holds the label."""
+        return self.column or self.name
+
+
+class Etl(Section):
+    """How the job runs."""
+
+    engine: Literal["polars"] = Field("polars", description="polars: streaming on CPU")
+    rows_per_shard: int = Field(1_000_000, ge=1, description="rows of one parquet shard")
+    rows_per_group: int = Field(65_536, ge=1, description="rows of one parquet row group, the unit of reading")
+
+
+class FeatureSpec(Section):
+    """The sections of an experiment file that decide what a dataset folder holds."""
+
+    seed: int = Field(0, ge=0)
+    data: Data
+    features: list[Feature] = Field(min_length=1)
+    tasks: list[Task] = Field(min_length=1)
+    etl: Etl = Field(default_factory=Etl)
+
+    @model_validator(mode="after")
+    def _names(self) -> "FeatureSpec":
+        resolved = list(resolve(self.features))
+        names = [feature.name for feature in resolved] + [task.name for task in self.tasks]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"features and tasks need names of their own; named twice: {', '.join(repeated)}")
+        ids = {f.name for f in resolved if isinstance(f, Categorical) or (isinstance(f, Numeric) and f.as_ == "buckets")}
+        for feature in resolved:
+            if isinstance(feature, Cross) and (unknown := sorted(set(feature.inputs) - ids)):
+                raise ValueError(f"cross '{feature.name}': inputs must be categorical or bucket features, not {unknown}")
+        self.raw_columns()
+        return self
+
+    def raw_columns(self) -> dict[str, DType]:
+        """Raw feature columns with the type in which they are read, in the order of first use."""
+        types: dict[str, DType] = {}
+        for feature in resolve(self.features):
+            if isinstance(feature, Cross):
+                continue
+            wanted: DType = feature.dtype if isinstance(feature, Categorical) else "float64"
+            column = column_of(feature)
+            pair = {types.setdefault(column, wanted), wanted}
+            if pair == {"int64", "float64"}:
+                types[column] = "int64"
+            elif len(pair) > 1:
+                raise ValueError(f"column '{column}' is read both as text and as a number: set dtype = 'int64'")
+        return types
+
+
+def resolve(features: list[Feature]) -> Iterator[Categorical | Numeric | Cross]:
+    """Blocks that name several columns become one feature a column; every name is set."""
+    for index, feature in enumerate(features):
+        if isinstance(feature, Cross):
+            yield feature
+        elif feature.columns and (feature.name or feature.column):
+            raise ValueError(f"features.{index}: 'columns' excludes 'name' and 'column'")
+        elif feature.columns:
+            for column in feature.columns:
+                yield feature.model_copy(update={"name": column, "column": column, "columns": []})
+        elif name := feature.name or feature.column:
+            yield feature.model_copy(update={"name": name, "column": feature.column or name})
+        else:
+            raise ValueError(f"features.{index}: needs 'name', 'column' or 'columns'")
+
+
+def column_of(feature: Categorical | Numeric) -> str:
+    """The raw column of a resolved feature."""
+    return feature.column or feature.name or ""
