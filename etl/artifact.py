@@ -49,8 +49,15 @@ def read_json(path: Path, *, remedy: str) -> Any:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its place when the block ends well, and vanishes when it does not."""
+def new_folder(target: Path, *, marker: str) -> Iterator[Path]:
+    """A folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        Fault: something stands at `target` that holds no file named `marker`, so it is none of ours to replace.
+    """
+    if target.exists() and not (target / marker).is_file() and not _is_empty(target):
+        got, remedy = f"something else than a folder with {marker}", "name another folder or move that one away"
+        raise Fault(str(target), got=got, wanted="a free place, or an older folder of this kind", remedy=remedy)
     beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -59,6 +66,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         _swap(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_empty(target: Path) -> bool:
+    return target.is_dir() and not any(target.iterdir())
 
 
 def _swap(beside: Path, target: Path) -> None:

@@ -1,6 +1,8 @@
 """The user's faults: what every command reports in the same four words and exits with code 2."""
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 
 
 class Fault(Exception):
@@ -17,3 +19,13 @@ class Faults(Exception):
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
         super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+@contextlib.contextmanager
+def exit_on_fault() -> Iterator[None]:
+    """Ends a command with the faults on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except (Fault, Faults) as faults:
+        sys.stderr.write(f"{faults}\n")
+        raise SystemExit(2) from None

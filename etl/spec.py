@@ -140,10 +140,14 @@ class FeatureSpec(Section):
         names = [feature.name for feature in resolved] + [task.name for task in self.tasks]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"features and tasks need names of their own; named twice: {', '.join(repeated)}")
-        ids = {f.name for f in resolved if isinstance(f, Categorical) or (isinstance(f, Numeric) and f.as_ == "buckets")}
+        ids = {
+            f.name for f in resolved if isinstance(f, Categorical) or (isinstance(f, Numeric) and f.as_ == "buckets")
+        }
         for feature in resolved:
             if isinstance(feature, Cross) and (unknown := sorted(set(feature.inputs) - ids)):
-                raise ValueError(f"cross '{feature.name}': inputs must be categorical or bucket features, not {unknown}")
+                raise ValueError(
+                    f"cross '{feature.name}': inputs must be categorical or bucket features, not {unknown}"
+                )
         self.raw_columns()
         return self
 

@@ -1,0 +1,195 @@
+"""The ETL job: stage typed raw rows, fit on the training rows alone, encode every split, write the folder at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from etl import sources
+from etl.artifact import digest, new_folder, read_json, sha256, write_json
+from etl.engines.polars import fit
+from etl.faults import Fault
+from etl.schema import DenseFeature, Schema, TaskColumn
+from etl.spec import FeatureSpec
+from etl.transform import Transform, mix
+
+SPLITS = ("train", "valid", "test")
+Report = Callable[[str, int], None]
+
+
+def spec_hash(spec: FeatureSpec) -> str:
+    """What a dataset folder was made from: the sections of the experiment that the ETL reads."""
+    return digest(spec.model_dump(mode="json", by_alias=True, include=set(FeatureSpec.model_fields)))
+
+
+def run(spec: FeatureSpec, out: Path, report: Report) -> dict[str, Any]:
+    """Makes the dataset folder and returns its manifest; `report` hears of (stage, rows so far).
+
+    Raises:
+        Fault: whatever is wrong with the raw files or a column; an old folder stays as it was.
+    """
+    with new_folder(out, marker="manifest.json") as folder:
+        raw = folder / "raw"
+        raw.mkdir()
+        label_rates = _stage(spec, raw, report)
+        state, features, tables = fit(spec, raw / "train.parquet", folder / "transform")
+        write_json(folder / "transform" / "transform.json", state)
+        schema = Schema(
+            features=tuple(features),
+            dense=tuple(DenseFeature(name=step["name"]) for step in state["dense"]),
+            tables=tuple(tables),
+            tasks=tuple(TaskColumn(name=t.name, positive_rate=label_rates["train"][t.name]) for t in spec.tasks),
+        )
+        schema.write(folder)
+        transform = Transform.load(folder / "transform")
+        stats = {split: _encode(spec, split, folder, transform=transform, report=report) for split in SPLITS}
+        for split in SPLITS:
+            (raw / f"{split}.parquet").unlink()
+            stats[split]["label_rate"] = label_rates[split]
+        raw.rmdir()
+        manifest = {"hash": spec_hash(spec), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
+        manifest["files"] = _files(folder)
+        write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def up_to_date(spec: FeatureSpec, out: Path) -> bool:
+    """Whether the folder was made from these sections and from the raw files as they are now."""
+    manifest = out / "manifest.json"
+    if not manifest.is_file():
+        return False
+    made = read_json(manifest, remedy="delete the folder and run the ETL again")
+    return bool(made["hash"] == spec_hash(spec) and made["raw"] == _raw_files(spec))
+
+
+def _raw_files(spec: FeatureSpec) -> dict[str, list[int]]:
+    """Raw file -> bytes and time of change, to notice new data."""
+    paths = [path for split in SPLITS for path in sources.files(getattr(spec.data, split), what=split)]
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+
+def _stage(spec: FeatureSpec, raw: Path, report: Report) -> dict[str, dict[str, float]]:
+    """Raw files -> one typed parquet a split; the positive rate of each label by split."""
+    data = spec.data
+    writers = {split: _Stage(raw / f"{split}.parquet") for split in SPLITS}
+    for split in SPLITS:
+        if split == "valid" and not data.valid:
+            continue
+        at = 0
+        for batch in sources.read_batches(spec, sources.files(getattr(data, split), what=split)):
+            if split == "train" and not data.valid:
+                held_out = _held_out(at, batch.num_rows, seed=data.split.seed, fraction=data.split.valid_fraction)
+                writers["valid"].write(batch.filter(pa.array(held_out)))
+                batch = batch.filter(pa.array(~held_out))
+            at += len(held_out) if split == "train" and not data.valid else batch.num_rows
+            writers[split].write(batch)
+            report(f"read {split}", at)
+    return {split: _label_rates(spec, writer.close(), split=split) for split, writer in writers.items()}
+
+
+def _held_out(first_row: int, rows: int, *, seed: int, fraction: float) -> npt.NDArray[np.bool_]:
+    """Which rows go to validation: a hash of seed and position, whatever the batches."""
+    position = np.arange(first_row, first_row + rows, dtype=np.int64)
+    start = mix(np.array([seed], np.int64)).view(np.int64)
+    share = mix(position ^ start) / np.float64(2**64)
+    return np.asarray(share < fraction)
+
+
+class _Stage:
+    """One split's staged rows, written as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self.path, batch.schema)
+        self._writer.write_batch(batch)
+
+    def close(self) -> Path:
+        if self._writer is not None:
+            self._writer.close()
+        return self.path
+
+
+def _label_rates(spec: FeatureSpec, staged: Path, *, split: str) -> dict[str, float]:
+    """Share of ones by task. Raises Fault where a split is empty or training has one class only."""
+    file = pq.ParquetFile(staged)
+    if not file.metadata.num_rows:
+        remedy = "raise data.split.valid_fraction or give more rows"
+        raise Fault(f"data.{split}", got="no rows", wanted="at least one", remedy=remedy)
+    ones = {task.name: 0.0 for task in spec.tasks}
+    for batch in file.iter_batches(columns=[f"label:{name}" for name in ones]):
+        for name in ones:
+            ones[name] += float(batch[f"label:{name}"].to_numpy().sum())
+    rates = {name: count / file.metadata.num_rows for name, count in ones.items()}
+    if split == "train" and (flat := [name for name, rate in rates.items() if rate in (0.0, 1.0)]):
+        got = f"only class {rates[flat[0]]:.0f} for task '{flat[0]}'"
+        remedy = "check the task's column and its positive and negative texts"
+        raise Fault("data.train", got=got, wanted="both classes in the training rows", remedy=remedy)
+    return rates
+
+
+def _encode(spec: FeatureSpec, split: str, folder: Path, *, transform: Transform, report: Report) -> dict[str, Any]:
+    """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
+    (folder / split).mkdir()
+    names = [step["name"] for step in transform.features]
+    missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
+    shards = _Shards(folder / split, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
+    file = pq.ParquetFile(folder / "raw" / f"{split}.parquet")
+    for batch in file.iter_batches(batch_size=spec.etl.rows_per_group):
+        encoded = transform.apply(transform.pack(pa.Table.from_batches([batch]).select(list(transform.columns))))
+        missing += encoded.missing
+        unseen += encoded.unseen
+        columns = {name: pa.array(encoded.ids[:, at]) for at, name in enumerate(names)}
+        columns |= {step["name"]: pa.array(encoded.dense[:, at]) for at, step in enumerate(transform.dense)}
+        columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
+        shards.write(pa.table(columns))
+        report(f"encode {split}", shards.rows)
+    shards.close()
+    counts = zip(names, missing.tolist(), unseen.tolist(), strict=True)
+    return {"rows": shards.rows, "features": {name: {"missing": m, "unseen": u} for name, m, u in counts}}
+
+
+class _Shards:
+    """`part-00000.parquet` and on, each of at most `rows_per_shard` rows."""
+
+    def __init__(self, folder: Path, *, rows_per_shard: int, rows_per_group: int) -> None:
+        self.rows = 0
+        self._folder, self._shard_rows, self._group_rows = folder, rows_per_shard, rows_per_group
+        self._writer: pq.ParquetWriter | None = None
+        self._left = 0
+
+    def write(self, table: pa.Table) -> None:
+        while table.num_rows:
+            if not self._left:
+                self._next(table.schema)
+            head, table = table.slice(0, self._left), table.slice(self._left)
+            self._writer.write_table(head, row_group_size=self._group_rows)  # type: ignore[union-attr]
+            self._left -= head.num_rows
+            self.rows += head.num_rows
+
+    def _next(self, schema: pa.Schema) -> None:
+        self.close()
+        path = self._folder / f"part-{self.rows // self._shard_rows:05d}.parquet"
+        self._writer, self._left = pq.ParquetWriter(path, schema, compression="zstd"), self._shard_rows
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file of the folder with its size and hash; rows where it is parquet."""
+    listed = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        if path.suffix == ".parquet":
+            entry["rows"] = pq.ParquetFile(path).metadata.num_rows
+        listed[path.relative_to(folder).as_posix()] = entry
+    return listed
