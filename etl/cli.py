@@ -68,8 +68,13 @@ def inspect(
         console.print(
             _table("splits", [{"split": k, "rows": v["rows"]} | v["label_rate"] for k, v in found["splits"].items()])
         )
-        console.print(_table("id features: shares of missing and unseen values, drift (PSI)", found["features"]))
-        console.print(_table("dense features after scaling, drift (PSI)", found["dense"]))
+        console.print(
+            _table(
+                "id features: table rows, shares of missing and unseen values, drift from training (PSI)",
+                found["features"],
+            )
+        )
+        console.print(_table("dense features after scaling, drift from training (PSI)", found["dense"]))
 
 
 class _Progress:
@@ -101,13 +106,17 @@ def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
 
     table = Table(title=title, title_justify="left")
     for name in rows[0] if rows else []:
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+        of = f"\n{' / '.join(rows[0][name])}" if isinstance(rows[0][name], dict) else ""
+        left = isinstance(rows[0][name], str)
+        table.add_column(name.replace("_", " ") + of, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     return table
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return " / ".join(f"{part:.3f}" for part in value.values())
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

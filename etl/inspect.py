@@ -38,9 +38,8 @@ def inspect(folder: Path) -> dict[str, Any]:
 def _id_row(name: str, schema: Schema, splits: dict[str, Any]) -> dict[str, Any]:
     feature = next(f for f in schema.features if f.name == name)
     shares = {
-        f"{kind}_{split}": s["features"][name][kind] / s["rows"]
+        kind: {split: s["features"][name][kind] / s["rows"] for split, s in splits.items()}
         for kind in ("missing", "unseen")
-        for split, s in splits.items()
     }
     return {"name": name, "type": feature.type, "rows": schema.rows(feature.table)} | shares
 
@@ -51,7 +50,7 @@ def _moments(folder: Path, name: str) -> dict[str, float]:
     return rows.collect().row(0, named=True)
 
 
-def _drift(folder: Path, name: str, *, dense: bool) -> dict[str, float]:
+def _drift(folder: Path, name: str, *, dense: bool) -> dict[str, dict[str, float]]:
     values = {split: pl.read_parquet(folder / split, columns=[name])[name] for split in ("train", "valid", "test")}
     if dense:
         edges = np.unique(np.quantile(values["train"].to_numpy(), np.linspace(0, 1, _BINS + 1)[1:-1]))
@@ -61,7 +60,7 @@ def _drift(folder: Path, name: str, *, dense: bool) -> dict[str, float]:
         top = values["train"].value_counts(sort=True)[name].head(_BINS)
         shares = {split: np.array([*((v == t).sum() for t in top), (~v.is_in(top.implode())).sum()])
                   for split, v in values.items()}  # fmt: skip
-    return {f"psi_{split}": _psi(shares["train"], shares[split]) for split in ("valid", "test")}
+    return {"psi": {split: _psi(shares["train"], shares[split]) for split in ("valid", "test")}}
 
 
 def _psi(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> float:

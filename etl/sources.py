@@ -1,4 +1,4 @@
-"""Raw files -> typed Arrow batches. What is malformed is a fault with its file and row; nothing is coerced in silence."""
+"""Raw files -> typed Arrow batches. What is malformed is a fault with its file and rows; nothing is coerced."""
 
 import glob
 from collections.abc import Iterator, Mapping, Sequence

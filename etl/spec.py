@@ -137,7 +137,7 @@ class FeatureSpec(Section):
     @model_validator(mode="after")
     def _names(self) -> "FeatureSpec":
         resolved = list(resolve(self.features))
-        names = [feature.name for feature in resolved] + [task.name for task in self.tasks]
+        names = [str(feature.name) for feature in resolved] + [task.name for task in self.tasks]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"features and tasks need names of their own; named twice: {', '.join(repeated)}")
         ids = {

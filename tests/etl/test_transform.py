@@ -1,0 +1,126 @@
+"""The transform: packing, keys, lookups, crosses and scaling against slow, obvious references."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etl.transform import (
+    MISSING_KEY,
+    MISSING_NUMBER,
+    Packer,
+    Transform,
+    Vocabulary,
+    bucket_keys,
+    hashed_rows,
+    mix,
+    scale,
+    text_keys,
+)
+
+
+def fnv1a_64(text: str) -> int:
+    """The textbook loop, one byte at a time."""
+    value = 0xCBF29CE484222325
+    for byte in text.encode():
+        value = ((value ^ byte) * 0x100000001B3) % 2**64
+    return value - 2**64 if value >= 2**63 else value
+
+
+def test_published_fnv_values() -> None:
+    # Fowler, Noll, Vo: 64-bit FNV-1a of "", "a" and "foobar".
+    published = [0xCBF29CE484222325, 0xAF63DC4C8601EC8C, 0x85944171F73967E8]
+    assert [int(key) % 2**64 for key in text_keys(pa.array(["", "a", "foobar"]))] == published
+
+
+@given(st.lists(st.one_of(st.none(), st.text(max_size=30)), max_size=20), st.integers(0, 3))
+def test_keys_equal_the_textbook_hash(texts: list[str | None], skip: int) -> None:
+    array = pa.array(texts, pa.string()).slice(min(skip, len(texts)))
+    wanted = [MISSING_KEY if text is None else fnv1a_64(text) for text in array.to_pylist()]
+    assert text_keys(array).tolist() == wanted
+
+
+def test_mix_is_splitmix64() -> None:
+    # First outputs of splitmix64 from state 0 (Vigna's reference implementation): mix(0) and mix(golden gamma).
+    gamma = np.array([0x9E3779B97F4A7C15], np.uint64).view(np.int64)
+    assert [int(mix(np.array([0]))[0]), int(mix(gamma)[0])] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=50), st.integers(2, 1000))
+def test_hashed_rows_stay_in_the_table(keys: list[int], rows: int) -> None:
+    found = hashed_rows(np.array(keys, np.int64), rows=rows)
+    assert all((row == 0) == (key == MISSING_KEY) and 0 <= row < rows for row, key in zip(found, keys, strict=True))
+
+
+@given(
+    st.sets(st.integers(-(2**63) + 1, 2**63 - 1), max_size=30), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=30)
+)
+def test_vocabulary_finds_what_it_holds_and_nothing_else(known: set[int], asked: list[int]) -> None:
+    keys = np.array(sorted(known), np.int64)
+    rows = np.arange(1, len(keys) + 1, dtype=np.int64)
+    reference = dict(zip(keys.tolist(), rows.tolist(), strict=True))
+    queries = [*asked, *known]
+    assert Vocabulary(keys, rows)(np.array(queries, np.int64)).tolist() == [reference.get(key, 0) for key in queries]
+
+
+def test_ids_near_two_to_the_63_do_not_pass_through_floats() -> None:
+    ids = [2**63 - 1, 2**63 - 2, 2**53 + 1, 2**53, None]
+    packer = Packer({"user": "int64"}, ("user",), ())
+    assert packer.pack(pa.table({"user": pa.array(ids)})).keys[:, 0].tolist() == [*ids[:-1], MISSING_KEY]
+
+
+def test_a_column_of_nulls_alone_packs_as_missing() -> None:
+    packer = Packer({"a": "string", "n": "float64"}, ("a",), ("n",))
+    packed = packer.pack(pa.table({"a": pa.nulls(2), "n": pa.nulls(2)}))
+    assert packed.keys.tolist() == [[MISSING_KEY]] * 2 and packed.numbers.tolist() == [[MISSING_NUMBER]] * 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"a": ["x"], "n": [1.0], "z": [1]}, "unknown column 'z'"),
+        ({"a": ["x"]}, "column 'n' is missing"),
+        ({"a": [7], "n": [1.0]}, "column 'a' holds int64, wanted string"),
+        ({"a": ["x"], "n": ["1"]}, "column 'n' holds string, wanted float64"),
+        ({"a": ["x"], "n": [float("nan")]}, "column 'n' holds nan"),
+        ({"a": ["x"], "n": [float("inf")]}, "column 'n' holds inf"),
+    ],
+)
+def test_bad_rows_name_their_column(columns: dict[str, list[object]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Packer({"a": "string", "n": "float64"}, ("a",), ("n",)).pack(pa.table(columns))
+
+
+def test_float_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match="column 'user' holds double, wanted int64"):
+        Packer({"user": "int64"}, ("user",), ()).pack(pa.table({"user": [1.0]}))
+
+
+def test_buckets_and_scaling() -> None:
+    numbers = np.array([-1.0, 0.0, 9.9, 10.0, MISSING_NUMBER])
+    assert bucket_keys(numbers, [0.0, 10.0]).tolist() == [0, 1, 1, 2, MISSING_KEY]
+    step = {"fill": 3.0, "clip": [0.0, 5.0], "log1p": True, "mean": 1.0, "std": 2.0}
+    wanted = (np.log1p([0.0, 0.0, 5.0, 5.0, 3.0]) - 1.0) / 2.0
+    np.testing.assert_allclose(scale(numbers, step), wanted, rtol=1e-15)
+
+
+def test_signature_survives_json_and_a_cross_needs_all_its_parts() -> None:
+    state = {
+        "signature": {"columns": {"a": "string", "n": "float64"}, "keys": ["a"], "numbers": ["n"]},
+        "features": [
+            {"name": "a", "kind": "hash", "column": "a", "rows": 50},
+            {"name": "b", "kind": "buckets", "column": "n", "boundaries": [0.0]},
+            {"name": "ab", "kind": "cross", "inputs": ["a", "b"], "rows": 1000},
+        ],
+        "dense": [],
+    }
+    transform = Transform(state, {})
+    packer = Packer.from_signature(json.loads(json.dumps(transform.signature())))
+    rows = pa.table({"a": ["x", "x", None, "x"], "n": pa.array([1.0, -1.0, 1.0, None])})
+    encoded = transform.apply(packer.pack(rows))
+    assert encoded.ids[:, 1].tolist() == [2, 1, 2, 0]
+    assert encoded.ids[2:, 2].tolist() == [0, 0] and encoded.ids[0, 2] != encoded.ids[1, 2] > 0
+    assert encoded.missing.tolist() == [1, 1, 2] and encoded.unseen.tolist() == [0, 0, 0]
