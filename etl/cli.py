@@ -102,11 +102,12 @@ class _Progress:
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for name in rows[0] if rows else []:
-        of = f"\n{' / '.join(rows[0][name])}" if isinstance(rows[0][name], dict) else ""
+        of = f"\n{' '.join(rows[0][name])}" if isinstance(rows[0][name], dict) else ""
         left = isinstance(rows[0][name], str)
         table.add_column(name.replace("_", " ") + of, justify="left" if left else "right", overflow="fold")
     for row in rows:
@@ -116,7 +117,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
 
 def _cell(value: object) -> str:
     if isinstance(value, dict):
-        return " / ".join(f"{part:.3f}" for part in value.values())
+        return " ".join(f"{part:.3f}".replace("0.", ".", 1) for part in value.values())
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -41,7 +41,7 @@ def _id_row(name: str, schema: Schema, splits: dict[str, Any]) -> dict[str, Any]
         kind: {split: s["features"][name][kind] / s["rows"] for split, s in splits.items()}
         for kind in ("missing", "unseen")
     }
-    return {"name": name, "type": feature.type, "rows": schema.rows(feature.table)} | shares
+    return {"name": name, "rows": schema.rows(feature.table)} | shares
 
 
 def _moments(folder: Path, name: str) -> dict[str, float]:
