@@ -25,6 +25,10 @@ def server_command(
         "--disable-auto-complete-config",
         "--strict-readiness=true",
         f"--exit-timeout-secs={options.exit_timeout_s}",
+        "--allow-vertex-ai=false",  # AIP_MODE=PREDICTION would turn it on, on every interface,
+        "--allow-grpc=true",  # and these two off
+        "--allow-http=true",
+        "--allow-sagemaker=false",
         f"--grpc-address={HOST}",
         f"--grpc-port={ports.grpc}",
         f"--grpc-restricted-protocol={_CLOSED}:admin={admin_key}",
@@ -33,8 +37,6 @@ def server_command(
         f"--http-restricted-api={_CLOSED}:admin={admin_key}",
         f"--metrics-address={HOST}",
         f"--metrics-port={ports.metrics}",
-        "--allow-sagemaker=false",
-        "--allow-vertex-ai=false",  # on by itself, and on every interface, under AIP_MODE=PREDICTION
         "--allow-gpu-metrics=false",
         f"--backend-directory={runtime.backends}",
         f"--backend-config=python,shm-region-prefix-name={server_id}",

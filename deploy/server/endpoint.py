@@ -8,11 +8,15 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """A port left at None is a free one; `max_restarts` deaths within `restart_window_s` are borne, one more is not."""
+    """A port left at None is a free one, a state file left at None is `tritonserver.json` in the log folder.
+
+    `max_restarts` deaths within `restart_window_s` are borne, one more is not.
+    """
 
     repository: Path
     model: str
     log_dir: Path
+    state: Path | None = None
     grpc_port: int | None = None
     http_port: int | None = None
     metrics_port: int | None = None

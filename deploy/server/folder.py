@@ -1,8 +1,7 @@
-"""The log folder of one server: its log, its state, and the claim that keeps a second server out."""
+"""The log folder of one server: its log, its state file, and the claim that keeps a second server out."""
 
 import fcntl
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from typing import BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
-from deploy.server.endpoint import Endpoint
+from deploy.server.endpoint import Endpoint, ServerOptions
 from deploy.server.process import end_orphan, remove_regions
+from etl.artifact import write_text
 from etl.faults import Fault
 
 _log = logging.getLogger(__name__)
@@ -25,13 +25,8 @@ class LogFolder:
     state: Path
 
     def write_state(self, endpoint: Endpoint) -> None:
-        """Whole or not at all: beside it first, then renamed."""
-        beside = self.state.with_suffix(".tmp")
-        with beside.open("wb") as file:
-            file.write(_STATE.dump_json(endpoint, indent=2))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.state)
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.state, _STATE.dump_json(endpoint, indent=1).decode() + "\n")
 
     def read_state(self) -> Endpoint | None:
         """None where there is none, or one this version can't read."""
@@ -41,16 +36,21 @@ class LogFolder:
             return None
 
 
+def log_folder(options: ServerOptions) -> LogFolder:
+    return LogFolder(
+        log=options.log_dir / "tritonserver.log", state=options.state or options.log_dir / "tritonserver.json"
+    )
+
+
 @contextmanager
-def claimed(path: Path, orphan_timeout_s: float) -> Iterator[LogFolder]:
+def claimed(folder: LogFolder, orphan_timeout_s: float) -> Iterator[LogFolder]:
     """Holds the folder for this process, and ends and sweeps what a killed one left. Raises Fault where it is taken."""
-    folder = LogFolder(log=path / "tritonserver.log", state=path / "tritonserver.json")
     with _open_log(folder.log) as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as taken:
             raise Fault(
-                str(path),
+                str(folder.log.parent),
                 got=f"the folder of a server that runs ({folder.read_state() or 'starting'})",
                 wanted="a log folder of its own for each server",
                 remedy="stop that server, or give another folder",

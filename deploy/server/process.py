@@ -24,6 +24,7 @@ class ServerProcess:
     def __init__(self, popen: "subprocess.Popen[bytes]") -> None:
         self._popen = popen
         self._stubs: list[psutil.Process] = []
+        self._ended = False  # the group's number may then be given to others
 
     @classmethod
     def begin(
@@ -62,25 +63,29 @@ class ServerProcess:
         return f"Python stub {dead[0]} died" if dead else None
 
     def stop(self, timeout_s: float) -> int:
-        """SIGTERM, then SIGKILL for what still lives after `timeout_s`. Returns the exit code."""
+        """SIGTERM, then SIGKILL for what lives after `timeout_s`. Returns the exit code, 0 where all went well."""
         self._popen.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._popen.wait(timeout_s)
-        return self.kill()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._popen.wait(timeout_s)
+        finally:  # an impatient Ctrl-C leaves nothing behind either
+            exit_code = self.kill()
+        return exit_code
 
     def kill(self) -> int:
-        """SIGKILL to the whole group; returns once nothing of it lives."""
-        members = _members(self.pid)
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        exit_code = self._popen.wait()
-        _await_end(members, _KILLED_TIMEOUT_S)
-        return exit_code
+        """SIGKILL to the whole group; returns once nothing of it lives. Once ended it stays so."""
+        if not self._ended:
+            members = _members(self.pid)
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            self._popen.wait()
+            self._ended = _await_end(members, _KILLED_TIMEOUT_S)
+        return self._popen.wait()
 
 
 def end_orphan(pid: int, server_id: str, timeout_s: float) -> None:
     """Sees a server out whose launcher was killed: it has had SIGTERM, and gets SIGKILL after `timeout_s`."""
-    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+    with suppress(psutil.Error, ProcessLookupError):
         if f"--id={server_id}" not in psutil.Process(pid).cmdline():
             return  # ended, its pid perhaps another's by now
         members = _members(pid)
@@ -115,6 +120,6 @@ def _await_end(processes: list[psutil.Process], timeout_s: float) -> bool:
 
 def _lives(process: psutil.Process) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

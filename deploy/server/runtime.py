@@ -70,9 +70,7 @@ def _stub_fault(stub: Path) -> Fault | None:
     if stub.is_file():
         return None
     versions = sorted((path.name for path in stub.parent.parent.glob("3.*")), key=lambda name: int(name[2:]))
-    return Fault(
-        str(stub), got=f"Python {PYTHON}", wanted=f"one of {', '.join(versions)}", remedy="use another Python"
-    )
+    return Fault(str(stub), got=f"Python {PYTHON}", wanted=f"one of {', '.join(versions)}", remedy="use another Python")
 
 
 def _libpython() -> Path | None:

@@ -1,0 +1,92 @@
+"""The bundle: everything that serves one trained network, in one folder. `bundle.json` is written last."""
+
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from etl.artifact import read_json, sha256
+from etl.faults import Fault, Faults
+
+MARKER = "bundle.json"
+MODEL = "ranker"  # the one name under which any bundle is served, so that a client needs the address alone
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Signature(_Record):
+    """What a client packs: each raw column's type, the columns of `keys` and those of `numbers`, in order."""
+
+    columns: dict[str, Literal["string", "int64", "float64"]]
+    keys: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+
+class ServeDefaults(_Record):
+    """The experiment's [serve]; a port that is None is any free one."""
+
+    instances: int = Field(ge=1)
+    max_batch_size: int = Field(ge=1)
+    grpc_port: int | None
+    http_port: int | None
+    metrics_port: int | None
+
+
+class Bundle(_Record):
+    """bundle.json."""
+
+    version: Literal[1] = 1
+    name: str
+    run: str
+    step: int
+    metrics: dict[str, dict[str, float | None]]
+    tasks: tuple[str, ...]
+    features: tuple[str, ...]
+    dense: tuple[str, ...]
+    signature: Signature
+    tolerance: float
+    serve: ServeDefaults
+    versions: dict[str, str]
+    quantization: Literal["none"] = "none"
+    isa: str = "any: no native code"
+    files: dict[str, str]
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """The manifest of a bundle, after a look at every file that it names.
+
+    Raises:
+        Fault: there is no bundle, or it is of another version.
+        Faults: files that are missing or differ from what was exported, all of them.
+    """
+    remedy = "run 'python -m deploy export RUN' again"
+    path = folder / MARKER
+    raw = read_json(path, remedy=remedy)
+    try:
+        bundle = Bundle.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        got = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise Fault(str(path), got=got, wanted="a bundle of version 1", remedy=remedy) from None
+    if faults := _changed(folder, bundle):
+        raise Faults(faults)
+    return bundle
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Path from the folder -> sha256, of all files in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
+
+
+def _changed(folder: Path, bundle: Bundle) -> list[Fault]:
+    remedy = "run 'python -m deploy export RUN' again, or copy the bundle anew"
+    faults = []
+    for name, wanted in bundle.files.items():
+        path = folder / PurePosixPath(name)
+        got = f"sha256 {sha256(path)}" if path.is_file() else "no such file"
+        if got != f"sha256 {wanted}":
+            faults.append(Fault(str(path), got=got, wanted=f"sha256 {wanted}", remedy=remedy))
+    return faults
