@@ -1,10 +1,11 @@
 """Shards of a dataset folder -> this rank's batches.
 
-There is one global order of rows an epoch: row groups shuffled, then cut into windows whose rows are shuffled. Step k
-takes the next `ranks x batch_size` rows and each rank its slice of them, so any number of ranks sees the same steps, and
-a position (rows taken by all ranks) is all that a checkpoint has to keep.
+There is one global order of rows an epoch: row groups shuffled, then cut into windows whose rows are shuffled. Step
+k takes the next `ranks x batch_size` rows and each rank its slice of them, so any number of ranks sees the same steps,
+and a position (rows taken by all ranks) is all that a checkpoint has to keep.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -155,7 +156,7 @@ def _row_groups(folder: Path) -> list[RowGroup]:
 
 def _matrix(table: pa.Table, names: Sequence[str], *, place: Path, dtype: pa.DataType) -> npt.NDArray[np.generic]:
     """Columns side by side, row after row."""
-    matrix = np.empty((table.num_rows, len(names)), dtype.to_pandas_dtype())
+    matrix = np.empty((table.num_rows, len(names)), np.int64 if dtype == pa.int64() else np.float32)
     for at, name in enumerate(names):
         column = table[name]
         if column.type != dtype or column.null_count:
@@ -187,28 +188,10 @@ def _batch(rows: Rows, mine: Slice) -> Batch:
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, made by a thread that stays a few ahead; its error is raised here, and it ends with the reader."""
+    """The same items, made by a thread that stays a few ahead and ends with the reader; its error is raised here."""
     made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(_AHEAD)
     stop = threading.Event()
-
-    def put(item: T | None, error: BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return made.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item, None)
-                if stop.is_set():
-                    return
-            put(None, None)
-        except BaseException as error:
-            put(None, error)
-
-    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread = threading.Thread(target=_make, args=(items, made, stop), name="batches", daemon=True)
     thread.start()
     try:
         while True:
@@ -221,3 +204,29 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
     finally:
         stop.set()
         thread.join()
+
+
+def _make(
+    items: Iterator[T], made: "queue.Queue[tuple[T | None, BaseException | None]]", stop: threading.Event
+) -> None:
+    """Puts the items, then None; or the error that ended them."""
+    try:
+        for item in items:
+            if not _put(made, (item, None), stop):
+                return
+        _put(made, (None, None), stop)
+    except BaseException as error:
+        _put(made, (None, error), stop)
+
+
+def _put(
+    made: "queue.Queue[tuple[T | None, BaseException | None]]",
+    pair: tuple[T | None, BaseException | None],
+    stop: threading.Event,
+) -> bool:
+    """Waits for room; False where the reader has gone."""
+    while not stop.is_set():
+        with contextlib.suppress(queue.Full):
+            made.put(pair, timeout=0.1)
+            return True
+    return False

@@ -114,7 +114,7 @@ def build_network(experiment: Experiment, schema: Schema, *, table_device: str) 
 def init_rows(rows: Tensor, *, table: str, first_row: int, vector: int, std: float, seed: int) -> None:
     """Fills `rows` [R, D], which start at `first_row` of a table: `vector` columns of N(0, std), then zeros.
 
-    Drawn in chunks of 65,536 rows, each from its own generator, so that a row's start is the same however it is sharded.
+    Drawn in chunks of 65,536 rows, each from its own generator: a row's start is the same however it is sharded.
     """
     rows.zero_()
     end_row = first_row + rows.shape[0]

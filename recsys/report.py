@@ -135,8 +135,12 @@ def _training(runs: Sequence[Run]) -> str:
             if (logged := run.valid_auc(task)) is not None:
                 aucs.append(Curve(*logged, best, _look(runs, i, task=task)))
     marked = "; the dotted line is the best step" if len(runs) == 1 and runs[0].result.best_step is not None else ""
-    loss = f"It should fall and flatten{marked}. Still falling at the end: train longer. Jumps: lower the learning rate."
-    auc = "The ring is the step that was kept. A fall after it is overfitting; a rise up to the end asks for more steps."
+    loss = (
+        f"It should fall and flatten{marked}. Still falling at the end: train longer. Jumps: lower the learning rate."
+    )
+    auc = (
+        "The ring is the step that was kept. A fall after it is overfitting; a rise up to the end asks for more steps."
+    )
     figures = [
         _figure("Training loss", plots.loss_plot(losses, alt=f"Training loss over steps. {loss}"), loss)
         if losses
@@ -179,3 +183,68 @@ def _histogram(scores: Scores, *, name: str, id_: str) -> str:
     title = f"Scores by label: {name}" if name else "Scores by label"
     svg = plots.histogram_plot(scores, name=id_, alt=f"{title}. {how}")
     return _figure(title, svg, how, key=key)
+
+
+def _tables(runs: Sequence[Run]) -> str:
+    """Of several runs those with tables of their own; runs that share sizes are shown once."""
+    groups: dict[tuple[TableSize, ...], list[str]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.table_sizes()), []).append(run.label)
+    cards = []
+    for sizes, labels in groups.items():
+        title = f"<h3>{escape(', '.join(labels))}</h3>" if len(groups) > 1 else ""
+        cards.append(f'<div class="card">{title}{_sizes(sizes)}</div>')
+    return _section("Embedding tables", *cards)
+
+
+def _sizes(sizes: Sequence[TableSize]) -> str:
+    """A bar shows MB, or rows where the width is unknown."""
+    weights = [size.rows if size.megabytes is None else size.megabytes for size in sizes]
+    top = max(weights, default=1.0)
+    rows = []
+    for size, weight in list(zip(sizes, weights, strict=True))[:TABLES]:
+        width = "–" if size.width is None else f"{size.width}"
+        bar = f'<td class="bar"><i style="width:{100 * weight / top:.1f}%"></i></td>'
+        cells = f"<td>{size.rows:,}</td><td>{width}</td><td>{_megabytes([size])}</td>"
+        rows.append(f'<tr><th scope="row">{escape(size.name)}</th>{bar}{cells}</tr>')
+    for name, some in ((f"{len(sizes) - TABLES} smaller tables", sizes[TABLES:]), (f"all {len(sizes)} tables", sizes)):
+        if len(some) > 1 or some and some is not sizes:
+            cells = f"<td></td><td>{sum(size.rows for size in some):,}</td><td></td><td>{_megabytes(some)}</td>"
+            rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    caption = "Where the memory goes: embedding weights, without first-order weights and optimizer state."
+    return _table(["table", "", "rows", "width", "MB"], rows, caption=caption)
+
+
+def _megabytes(sizes: Iterable[TableSize]) -> str:
+    known = [size.megabytes for size in sizes if size.megabytes is not None]
+    total = sum(known)
+    return "–" if not known else f"{total:,.1f}" if total >= 10 else f"{total:.3f}"
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    several = len(runs) > 1
+    folded = [
+        _details(f"experiment.json of {escape(run.label)}" if several else "experiment.json", _pre(run.settings))
+        for run in runs
+    ]
+    return _section("Settings", *folded)
+
+
+def _look(runs: Sequence[Run], i: int, *, task: str) -> Look:
+    """Of several runs the colour is the run and the dash the task; of one run the colour is the task."""
+    at = runs[i].schema.task_names.index(task)
+    return Look(i, at) if len(runs) > 1 else Look(at)
+
+
+def _series_name(runs: Sequence[Run], i: int, *, task: str) -> str:
+    """What tells this line from the others; nothing where there is one."""
+    names = [runs[i].label] if len(runs) > 1 else []
+    return ", ".join([*names, task] if len(runs[i].scores) > 1 else names)
+
+
+def _key(runs: Sequence[Run]) -> str:
+    named = {
+        _series_name(runs, i, task=task): _look(runs, i, task=task) for i, run in enumerate(runs) for task in run.scores
+    }
+    items = "".join(f"<li>{swatch(look)}{escape(name)}</li>" for name, look in named.items())
+    return f'<ul class="key">{items}</ul>' if len(named) > 1 else ""

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from recsys.models.head import Head, Inputs, KeepProb, ModelConfig, Sizes, Widths
@@ -13,7 +14,7 @@ class DeepFMConfig(ModelConfig):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1703.04247"
     kind: Literal["deepfm"] = "deepfm"
-    hidden: Widths = [256, 128, 64]
+    hidden: Widths = Field([256, 128, 64])
     keep_prob: KeepProb = 0.5
 
     def build(self, sizes: Sizes) -> Head:

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from recsys.models.head import Head, Inputs, KeepProb, ModelConfig, Sizes, Widths
@@ -13,7 +14,7 @@ class WideDeepConfig(ModelConfig):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1606.07792"
     kind: Literal["wide_deep"] = "wide_deep"
-    hidden: Widths = [256, 128, 64]
+    hidden: Widths = Field([256, 128, 64])
     keep_prob: KeepProb = 0.8
 
     def build(self, sizes: Sizes) -> Head:

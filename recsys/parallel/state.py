@@ -46,3 +46,8 @@ def _state(model: DistributedModelParallel, optimizer: Optimizer) -> dict[str, A
         "tables": model.fused_optimizer.state_dict()["state"],
         "dense": {str(at): dict(state) for at, state in dense.items()},
     }
+
+
+def restore_tables_and_head(folder: Path, model: DistributedModelParallel) -> None:
+    """Loads the weights alone, into however many ranks there are."""
+    dcp.load({"model": model.state_dict()}, checkpoint_id=folder)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -124,6 +123,18 @@ def supervised(server: EmbeddedServer) -> Iterator[None]:
         finally:
             stop.set()
         watching.result()
+
+
+@contextmanager
+def launcher(options: ServerOptions) -> Iterator[tuple[subprocess.Popen[bytes], Endpoint]]:
+    """Another process with a server that answers."""
+    command = [sys.executable, "-c", LAUNCHER, str(options.repository), str(options.log_dir)]
+    with subprocess.Popen(command, cwd=ROOT) as launching:
+        until(lambda: state(options) is not None)
+        left = state(options)
+        assert left is not None
+        assert left.supervisor_pid == launching.pid
+        yield launching, left
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -359,18 +370,22 @@ def test_a_server_that_keeps_dying_is_given_up_with_a_fault(options: ServerOptio
 
 
 @pytest.mark.triton
-def test_a_server_ends_with_its_killed_launcher_and_the_next_start_sweeps_up(options: ServerOptions) -> None:
-    command = [sys.executable, "-c", LAUNCHER, str(options.repository), str(options.log_dir)]
-    with subprocess.Popen(command, cwd=ROOT) as launcher:
-        until(lambda: state(options) is not None)
-        left = state(options)
-        assert left is not None
+def test_a_server_ends_with_its_killed_launcher(options: ServerOptions) -> None:
+    with launcher(options) as (launching, left):
         processes = family(left.pid)
-        assert os.getpid() != left.supervisor_pid == launcher.pid
+        launching.kill()
+        until(lambda: not [process for process in processes if lives(process)])
+    assert "All models are stopped" in left.log.read_text()
+    assert not regions(left.server_id)
+
+
+@pytest.mark.triton
+def test_a_start_sweeps_up_after_a_killed_launcher(options: ServerOptions) -> None:
+    with launcher(options) as (launching, left):
+        processes = family(left.pid)
         processes[1].send_signal(signal.SIGKILL)
-        launcher.kill()
-    leaked = Path("/dev/shm", f"{left.server_id}leaked")
-    leaked.touch()
+        launching.kill()
+    Path("/dev/shm", f"{left.server_id}leaked").touch()
     with EmbeddedServer(dataclasses.replace(options, grpc_port=left.grpc_port)) as server:
         endpoint = server.start()
         assert not [process for process in processes if lives(process)]

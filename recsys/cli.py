@@ -1,0 +1,127 @@
+"""The commands of training."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from etl.faults import exit_on_fault
+
+if TYPE_CHECKING:
+    from recsys.experiment import Experiment
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Training on TorchRec: a dataset folder to a run folder with checkpoints, metrics and a report.",
+)
+ExperimentFile = Annotated[Path, typer.Argument(help="The experiment file, for example experiments/demo.toml.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example out/demo/run.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Overrides one key: --set train.epochs=3.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def models(*, json_: AsJson = False) -> None:
+    """List the models with their papers and settings."""
+    from recsys.models import MODELS
+
+    if json_:
+        print(json.dumps({kind: {"paper": m.paper, "config": m.model_json_schema()} for kind, m in MODELS.items()}))
+        return
+    for kind, model in MODELS.items():
+        settings = ", ".join(f"{n} = {f.default}" for n, f in model.model_fields.items() if n != "kind")
+        print(f"{kind:12} {model.paper:36} {settings}")
+
+
+@app.command()
+def check(experiment: ExperimentFile, *, set_: Overrides = None) -> None:
+    """Report every fault of an experiment file, before any work."""
+    with exit_on_fault():
+        found = _load(experiment, set_)
+        print(f"{experiment}: experiment '{found.name}', model '{found.model.kind}', no faults")
+
+
+@app.command()
+def train(
+    experiment: ExperimentFile,
+    *,
+    run: Annotated[Path | None, typer.Option(help="The run folder; default out/<name>/run.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The dataset folder; default out/<name>/data.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Train; the same command goes on after a crash. Under torchrun it trains on all processes together."""
+    with exit_on_fault():
+        from recsys.progress import quiet_libraries, watch
+
+        quiet_libraries()
+        from recsys.train import train as run_training
+
+        found = _load(experiment, set_)
+        out = Path("out") / found.name
+        run = run or out / "run"
+        with watch() as report:
+            result = run_training(found, data=data or out / "data", run=run, report=report)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{run}: best step {result['best_step']}, {_line(result['test'], 'test')}")
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    *,
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="The dataset folder; default beside the run.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Measure the best checkpoint on a split, also under torchrun."""
+    with exit_on_fault():
+        from recsys.progress import quiet_libraries
+
+        quiet_libraries()
+        from recsys.evaluate import evaluate as run_evaluation
+
+        metrics = run_evaluation(run, data=data, split=split)
+        if metrics is not None:
+            print(json.dumps(metrics) if json_ else f"{run}: {_line(metrics, split)}")
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    *,
+    input_: Annotated[Path, typer.Option("--input", help="Raw rows: a .parquet or .jsonl file.")],
+    output: Annotated[Path, typer.Option("--output", help="The parquet file to write: one column a task.")],
+) -> None:
+    """Score raw rows offline."""
+    with exit_on_fault():
+        from recsys.progress import quiet_libraries
+
+        quiet_libraries()
+        from recsys.predict import predict as run_prediction
+
+        print(f"{output}: {run_prediction(run, rows=input_, output=output):,} rows")
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(help="Run folders; the first receives the page.")]) -> None:
+    """Write report.html: curves, ROC, calibration, score histogram, table sizes."""
+    with exit_on_fault():
+        from recsys.report import write_report
+
+        print(write_report(runs))
+
+
+def _load(path: Path, overrides: list[str] | None) -> "Experiment":
+    from etl.experiment_file import load
+    from recsys.experiment import Experiment
+
+    return load(path, overrides=overrides or [], into=Experiment)
+
+
+def _line(metrics: dict[str, Any], split: str) -> str:
+    figures = [f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)]
+    return f"{split}: {', '.join(figures)}"

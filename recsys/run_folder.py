@@ -1,0 +1,61 @@
+"""The run folder: what an experiment's training leaves, begun once and continued by the same command."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from etl.artifact import write_json, write_text
+from etl.faults import Fault
+from etl.schema import Schema
+from recsys.experiment import Experiment, read_experiment
+
+
+def open_run(run: Path, experiment: Experiment, *, schema: Schema, data: Path) -> None:
+    """Begins a run folder, or checks that the one there is of this experiment.
+
+    Raises:
+        Fault: the folder holds another experiment's run, or is no run folder.
+    """
+    if (run / "experiment.json").is_file():
+        there = read_experiment(run)
+        if there != experiment:
+            got = f"a run with other settings ({', '.join(_differences(there, experiment))})"
+            remedy = "use --run with a new folder, or delete this one"
+            raise Fault(str(run), got=got, wanted="a run of this experiment", remedy=remedy)
+        return
+    if run.exists() and any(run.iterdir()):
+        got, remedy = "a folder of something else", "use --run with a new folder"
+        raise Fault(str(run), got=got, wanted="a run folder or a free place", remedy=remedy)
+    run.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(data / "transform", run / "transform", dirs_exist_ok=True)
+    schema.write(run)
+    write_json(run / "experiment.json", experiment.as_json())
+
+
+def _differences(a: Experiment, b: Experiment) -> list[str]:
+    x, y = a.as_json(), b.as_json()
+    return [f"{key}.{name}" if isinstance(x[key], dict) else key
+            for key in x for name in (x[key] if isinstance(x[key], dict) else [key])
+            if (x[key].get(name) != y[key].get(name) if isinstance(x[key], dict) else x[key] != y[key])]  # fmt: skip
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a line."""
+
+    def __init__(self, run: Path, *, last_step: int) -> None:
+        """Lines after `last_step` come from a run that was killed and are written again."""
+        self._path = run / "metrics.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= last_step]
+        write_text(self._path, "".join(f"{line}\n" for line in kept))
+
+    def _lines(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        text = self._path.read_text(encoding="utf-8")
+        return text[: text.rfind("\n") + 1].splitlines()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Appends one line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
