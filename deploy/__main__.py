@@ -2,4 +2,4 @@
 
 from deploy.cli import app
 
-app()
+app(prog_name="python -m deploy")

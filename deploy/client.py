@@ -135,7 +135,10 @@ class Client:
         status, message = str(error.status()), str(error.message())
         place = f"{self._url}: model '{self._model}'"
         if status.endswith("DEADLINE_EXCEEDED"):
-            wanted, remedy = f"an answer within {self._deadline_s:g} s", "raise the deadline, or send fewer rows at once"
+            wanted, remedy = (
+                f"an answer within {self._deadline_s:g} s",
+                "raise the deadline, or send fewer rows at once",
+            )
             raise Fault(place, got="no answer", wanted=wanted, remedy=remedy) from None
         if status.endswith("INVALID_ARGUMENT"):
             raise Fault(place, got=message, wanted=self._wanted(), remedy="mend the rows") from None

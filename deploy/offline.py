@@ -27,7 +27,7 @@ def offline_scores(network: nn.Module, transform: Transform, *, table: pa.Table)
     """Packs, transforms and scores raw rows in this process."""
     encoded = transform.apply(transform.pack(table))
     ids_BF, dense_BN = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.dense)
-    with torch.inference_mode():
+    with torch.no_grad():
         parts = [network(ids_BF[at : at + _ROWS], dense_BN[at : at + _ROWS]) for at in range(0, len(ids_BF), _ROWS)]
         score_BT = torch.cat(parts).sigmoid().numpy()
     return Scores(encoded.ids, encoded.dense, score_BT)
@@ -37,5 +37,5 @@ def offline_run(run: Path) -> tuple[nn.Module, Transform]:
     """The trained network of a run folder and the transform of the rows it learned from."""
     from recsys.predict import load_network
 
-    experiment, _, network = load_network(run)
+    _, _, network = load_network(run)
     return network, Transform.load(run / "transform")

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from recsys.models import Head, Inputs
+from recsys.models.head import Head, Inputs
 
 
 class Lookup(nn.Module):

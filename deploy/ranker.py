@@ -95,7 +95,9 @@ class Ranker:
         got = (request.keys.shape[-1], request.numbers.shape[-1])
         if got != wanted or len(request.keys) != len(request.numbers):
             shapes = f"{list(request.keys.shape)} and {list(request.numbers.shape)}"
-            return ValueError(f"keys and numbers have the shapes {shapes}, wanted [B, {wanted[0]}] and [B, {wanted[1]}]")
+            return ValueError(
+                f"keys and numbers have the shapes {shapes}, wanted [B, {wanted[0]}] and [B, {wanted[1]}]"
+            )
         try:
             self._module.check_numbers(request.numbers, self._number_names)
         except ValueError as fault:

@@ -49,7 +49,9 @@ def check(experiment: ExperimentFile, *, set_: Overrides = None) -> None:
 def train(
     experiment: ExperimentFile,
     *,
-    run: Annotated[Path | None, typer.Option(help="The run folder; default out/<name>/run.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "--run-dir", help="The run folder; default out/<name>/run. Under torchrun: --run-dir.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="The dataset folder; default out/<name>/data.")] = None,
     set_: Overrides = None,
 ) -> None:

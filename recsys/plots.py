@@ -15,16 +15,15 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-# Matplotlib draws in these stand-ins; `_svg` turns each into `var(--p-XX)`, which the page's style defines.
+# Matplotlib draws in these stand-ins; `_on_page` turns each into `var(--p-XX)`, which the page's style defines.
 INK, MUTED, GRID, POSITIVE, NEGATIVE = (f"#0102{code}" for code in ("a0", "a1", "a2", "b0", "b1"))
 COLORS = tuple(f"#0102{code:02x}" for code in range(8))
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 POINTS = 300  # of a curve; more cannot be told apart at this size
 SIZE = (420, 290)
 SQUARE = (420, 370)
-STYLE: dict[str, object] = {
+STYLE: dict[Any, Any] = {  # matplotlib 3.11 types the keys as literals, older ones as texts
     "svg.fonttype": "none",
-    "svg.id": None,
     "font.family": "DejaVu Sans",
     "font.size": 11,
     "text.color": INK,
@@ -96,6 +95,15 @@ class Bins:
     observed: Floats
     low: Floats
     high: Floats
+
+
+def swatch(look: Look) -> str:
+    """A short line in a look, for keys."""
+    color, dashes = look.line
+    style = (
+        f"stroke:{_on_page(color)};stroke-width:3;stroke-dasharray:{' '.join(f'{2 * d:g}' for d in dashes) or 'none'}"
+    )
+    return f'<svg class="look" viewBox="0 0 28 10" aria-hidden="true"><path d="M0 5h28" style="{style}"/></svg>'
 
 
 def roc_points(scores: Floats, labels: Floats) -> tuple[Floats, Floats]:
@@ -241,6 +249,10 @@ def _averaged(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return np.add.reduceat(x, starts) / rows, np.add.reduceat(y, starts) / rows
 
 
+def _on_page(text: str) -> str:
+    return re.sub(r"#0102([0-9a-f]{2})", r"var(--p-\1)", text)
+
+
 def _svg(figure: Figure, *, name: str, alt: str) -> str:
     """The figure as an element to put into HTML: no date, no namespace of its own, ids that no other figure has."""
     file = io.StringIO()
@@ -251,7 +263,7 @@ def _svg(figure: Figure, *, name: str, alt: str) -> str:
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"#0102([0-9a-f]{2})", r"var(--p-\1)", text)
+    text = _on_page(text)
     text = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     box = re.search(r'viewBox="[^"]+"', text)
     head = f'<svg {box[0] if box else ""} role="img" aria-label="{html.escape(alt)}">'

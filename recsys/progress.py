@@ -18,6 +18,7 @@ def quiet_libraries() -> None:
     """Silences the deprecation talk of torch and torchrec about themselves, which a user cannot mend."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*", category=UserWarning)
     for name in ("torch.fx._symbolic_trace", "torchrec.distributed.planner.types"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -131,9 +131,11 @@ def _training(runs: Sequence[Run]) -> str:
         look = Look(i) if len(runs) > 1 or len(run.scores) == 1 else Look(7)
         if "loss" in run.series:
             losses.append(Curve(*run.series["loss"], best, look))
-        for task in run.schema.task_names:
-            if (logged := run.valid_auc(task)) is not None:
-                aucs.append(Curve(*logged, best, _look(runs, i, task=task)))
+        aucs += [
+            Curve(*logged, best, _look(runs, i, task=task))
+            for task in run.schema.task_names
+            if (logged := run.valid_auc(task)) is not None
+        ]
     marked = "; the dotted line is the best step" if len(runs) == 1 and runs[0].result.best_step is not None else ""
     loss = (
         f"It should fall and flatten{marked}. Still falling at the end: train longer. Jumps: lower the learning rate."
@@ -166,7 +168,7 @@ def _predictions(runs: Sequence[Run]) -> str:
     )
     drawn = [scores for _, _, scores in scored]
     figures = [
-        _figure("ROC curve", plots.roc_plot(drawn, alt=f"ROC curve. {roc}"), roc),
+        _figure("ROC curve", plots.roc_plot(drawn, alt=f"ROC curve. {roc}"), escape(roc)),
         _figure("Calibration", plots.calibration_plot(drawn, alt=f"Calibration plot. {bins}"), bins),
     ]
     for i, task, scores in scored:
@@ -177,12 +179,11 @@ def _predictions(runs: Sequence[Run]) -> str:
 
 def _histogram(scores: Scores, *, name: str, id_: str) -> str:
     positives = int(scores.labels.sum())
-    counts = ((POSITIVE_CLASS, "positive", positives), (NEGATIVE_CLASS, "negative", len(scores.labels) - positives))
-    key = ", ".join(f'<span class="swatch {css}"></span>{label} ({count:,} rows)' for css, label, count in counts)
-    how = "The less the two overlap, the better the model tells them apart."
+    counts = (("positive", positives), ("negative", len(scores.labels) - positives))
+    key = " and ".join(f'<span class="swatch {label}"></span>{label} ({count:,} rows)' for label, count in counts)
+    how = "Each colour sums to 100 %; the less the two overlap, the better the model tells them apart."
     title = f"Scores by label: {name}" if name else "Scores by label"
-    svg = plots.histogram_plot(scores, name=id_, alt=f"{title}. {how}")
-    return _figure(title, svg, how, key=key)
+    return _figure(title, plots.histogram_plot(scores, name=id_, alt=f"{title}. {how}"), f"{key}. {how}")
 
 
 def _tables(runs: Sequence[Run]) -> str:
@@ -208,7 +209,7 @@ def _sizes(sizes: Sequence[TableSize]) -> str:
         cells = f"<td>{size.rows:,}</td><td>{width}</td><td>{_megabytes([size])}</td>"
         rows.append(f'<tr><th scope="row">{escape(size.name)}</th>{bar}{cells}</tr>')
     for name, some in ((f"{len(sizes) - TABLES} smaller tables", sizes[TABLES:]), (f"all {len(sizes)} tables", sizes)):
-        if len(some) > 1 or some and some is not sizes:
+        if len(some) > 1 or (some and some is not sizes):
             cells = f"<td></td><td>{sum(size.rows for size in some):,}</td><td></td><td>{_megabytes(some)}</td>"
             rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     caption = "Where the memory goes: embedding weights, without first-order weights and optimizer state."
@@ -224,7 +225,10 @@ def _megabytes(sizes: Iterable[TableSize]) -> str:
 def _settings(runs: Sequence[Run]) -> str:
     several = len(runs) > 1
     folded = [
-        _details(f"experiment.json of {escape(run.label)}" if several else "experiment.json", _pre(run.settings))
+        _details(
+            f"experiment.json of {escape(run.label)}" if several else "experiment.json",
+            f"<pre>{escape(run.settings)}</pre>",
+        )
         for run in runs
     ]
     return _section("Settings", *folded)
@@ -248,3 +252,32 @@ def _key(runs: Sequence[Run]) -> str:
     }
     items = "".join(f"<li>{swatch(look)}{escape(name)}</li>" for name, look in named.items())
     return f'<ul class="key">{items}</ul>' if len(named) > 1 else ""
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{title}</h2>\n{''.join(parts)}</section>"
+
+
+def _grid(figures: Sequence[str]) -> str:
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def _figure(title: str, svg: str, caption: str) -> str:
+    """The caption is HTML, the title a text."""
+    return f"<figure><h3>{escape(title)}</h3>{svg}<figcaption>{caption}</figcaption></figure>\n"
+
+
+def _absent(title: str, why: str) -> str:
+    return f'<div class="card"><h3>{escape(title)}</h3><p class="soft">{escape(why)}</p></div>\n'
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>\n"
+
+
+def _table(heads: Sequence[str], rows: Sequence[str], *, caption: str) -> str:
+    """Heads and rows are HTML."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = "\n".join(rows)
+    table = f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'

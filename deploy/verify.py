@@ -1,0 +1,78 @@
+"""Served scores against offline ones, row by row."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deploy.bundle import Bundle, read_bundle
+from deploy.client import Client
+from deploy.offline import offline_run, offline_scores
+from etl.artifact import read_json
+from etl.experiment_file import parse
+from etl.faults import Fault
+from etl.sources import read_raw_split, read_rows
+from recsys.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many of some rows came back as offline, and the largest difference of a probability."""
+
+    what: str
+    rows: int
+    equal: int
+    difference: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        tail = f"equal within {self.tolerance:g} (largest difference {self.difference:.1e})"
+        return f"{self.what}: {self.equal:,} of {self.rows:,} rows {tail}"
+
+
+def verify(bundle_dir: Path, *, url: str, rows: Path | None) -> Iterator[Comparison]:
+    """Replays the golden requests with the scores kept in the bundle, then the raw test split, or `rows` instead of it,
+    scored offline by the trained network. A row is equal where all its ids are, and its scores within the tolerance.
+
+    Raises:
+        Fault: the bundle was changed, the server can't be reached, raw files are gone, or the run was trained anew.
+    """
+    bundle = read_bundle(bundle_dir)
+    with Client(url) as client:
+        golden = read_rows(bundle_dir / "golden" / "requests.jsonl", client.columns)
+        kept = pq.read_table(bundle_dir / "golden" / "scores.parquet")
+        score_BT = np.stack([kept[task].to_numpy() for task in bundle.tasks], axis=1)
+        ids_BF = np.array(kept["ids"].to_pylist(), np.int64)
+        yield _compare("golden requests", client, golden, score_BT=score_BT, ids_BF=ids_BF, tolerance=bundle.tolerance)
+        network, transform = offline_run(_same_run(bundle))
+        raw = read_rows(rows, client.columns) if rows else _test_rows(bundle_dir)
+        offline = offline_scores(network, transform, table=raw)
+        what = str(rows) if rows else "test split"
+        yield _compare(what, client, raw, score_BT=offline.score, ids_BF=offline.ids, tolerance=bundle.tolerance)
+
+
+def _compare(
+    what: str, client: Client, table: pa.Table, *, score_BT: np.ndarray, ids_BF: np.ndarray, tolerance: float
+) -> Comparison:
+    served = client.score(table, ids=True)
+    difference_B = np.abs(served.score - score_BT).max(axis=1)
+    equal_B = (difference_B <= tolerance) & np.all(served.ids == ids_BF, axis=1)
+    return Comparison(what, len(equal_B), int(equal_B.sum()), float(difference_B.max(initial=0.0)), tolerance)
+
+
+def _same_run(bundle: Bundle) -> Path:
+    """The run that was exported, as long as it is still the one."""
+    run, remedy = Path(bundle.run), "export the run again"
+    step = read_json(run / "result.json", remedy=remedy)["best_step"]
+    if step != bundle.step:
+        raise Fault(str(run), got=f"best step {step}", wanted=f"step {bundle.step} as exported", remedy=remedy)
+    return run
+
+
+def _test_rows(bundle_dir: Path) -> pa.Table:
+    path = bundle_dir / "experiment.json"
+    raw = read_json(path, remedy="export the run again")
+    return read_raw_split(parse(raw, place=str(path), into=Experiment), "test")
