@@ -1,80 +1,93 @@
-"""`checkpoints/step-N/` of a run: written beside and renamed, valid once its marker is there."""
+"""Checkpoints of a run: `checkpoints/step-N/`, valid once its marker `complete` is there, newest and best kept.
 
-import dataclasses
+There is no generator state in them: randomness is drawn anew from (seed, step, rank) before each step, so going on from
+step N draws what the uninterrupted run drew.
+"""
+
 import shutil
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from torch.optim import Optimizer
+from torchrec.distributed import DistributedModelParallel
+
 from etl.artifact import read_json, write_json, write_text
 from etl.faults import Fault
-from recsys.progress import Progress
+from recsys.parallel.state import save
+from recsys.parallel.world import World, barrier
 
 _MARKER = "complete"
-_REMEDY = "remove this checkpoint: training goes on from the one before"
 
 
-def folders(run: Path) -> list[Path]:
-    """The valid checkpoints, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if (path / _MARKER).is_file()]
-    return sorted(found, key=_step)
+class Progress(BaseModel):
+    """Where training stands. `position` counts the epoch's rows taken by all ranks, `rows` those of the whole run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seed: int
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+    without_gain: int = 0
+    finished: bool = False
 
 
-def newest(run: Path) -> Path | None:
-    """Where a run goes on from."""
-    found = folders(run)
-    return found[-1] if found else None
+def latest(run: Path) -> tuple[Path, Progress] | None:
+    """The newest valid checkpoint, if there is one."""
+    valid = _valid(run)
+    return (valid[-1], read_progress(valid[-1])) if valid else None
 
 
 def best(run: Path) -> Path:
-    """The checkpoint of the best evaluation. Raises Fault where the run has none yet."""
-    last = newest(run)
-    step = read_progress(last).best_step if last else None
-    folder = folder_of(run, step or 0)
+    """The checkpoint with the best validation figure. Raises Fault where the run has none."""
+    newest = latest(run)
+    folder = run / "checkpoints" / f"step-{newest[1].best_step}" if newest else run / "checkpoints"
     if not (folder / _MARKER).is_file():
-        wanted = "a run that has been evaluated at least once"
-        raise Fault(str(run), got="no best checkpoint", wanted=wanted, remedy="run 'recsys train' on its experiment")
+        remedy = "train first: python -m recsys train EXP.toml"
+        raise Fault(str(folder), got="no complete checkpoint", wanted="that of the best evaluation", remedy=remedy)
     return folder
 
 
-def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint after a step lies."""
-    return run / "checkpoints" / f"step-{step}"
-
-
-def begin(run: Path, step: int) -> Path:
-    """An empty folder to write tensors into; what earlier runs left half-written goes."""
-    for left_over in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    beside = partial(run, step)
-    beside.mkdir(parents=True)
-    return beside
-
-
-def partial(run: Path, step: int) -> Path:
-    """Where the checkpoint is written before it is valid."""
-    return run / "checkpoints" / f".step-{step}.partial"
-
-
-def finish(run: Path, progress: Progress, *, keep: int) -> None:
-    """Makes the written folder valid, then removes what is neither among the `keep` newest nor the best."""
-    beside, target = partial(run, progress.step), folder_of(run, progress.step)
-    write_json(beside / "progress.json", dataclasses.asdict(progress))
-    write_text(beside / _MARKER, "")
-    shutil.rmtree(target, ignore_errors=True)
-    beside.replace(target)
-    for old in folders(run)[:-keep]:
-        if _step(old) != progress.best_step:
-            (old / _MARKER).unlink()
-            shutil.rmtree(old)
-
-
 def read_progress(folder: Path) -> Progress:
-    """The progress saved with a checkpoint."""
-    raw = read_json(folder / "progress.json", remedy=_REMEDY)
-    try:
-        return Progress(**raw)
-    except TypeError as error:
-        wanted = "the progress of this version"
-        raise Fault(str(folder / "progress.json"), got=str(error), wanted=wanted, remedy=_REMEDY) from None
+    """`progress.json` of a checkpoint."""
+    raw = read_json(folder / "progress.json", remedy="delete this checkpoint and train on from the one before")
+    return TypeAdapter(Progress).validate_python(raw)
+
+
+def save_checkpoint(
+    run: Path, progress: Progress, *, model: DistributedModelParallel, optimizer: Optimizer, world: World, keep: int
+) -> None:
+    """All ranks write their shards beside the place, rank 0 moves the whole there and drops what is too old."""
+    folder = run / "checkpoints" / f"step-{progress.step}"
+    beside = folder.with_name(f".{folder.name}.partial")
+    if world.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    barrier()
+    save(beside, model, optimizer=optimizer)
+    barrier()
+    if world.rank == 0:
+        write_json(beside / "progress.json", progress.model_dump())
+        write_text(beside / _MARKER, "")
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.replace(folder)
+        _drop(run, keep=keep, best_step=progress.best_step)
+    barrier()
+
+
+def _valid(run: Path) -> list[Path]:
+    folders = [path for path in (run / "checkpoints").glob("step-*") if (path / _MARKER).is_file()]
+    return sorted(folders, key=_step)
+
+
+def _drop(run: Path, *, keep: int, best_step: int) -> None:
+    for folder in _valid(run)[:-keep]:
+        if _step(folder) != best_step:
+            shutil.rmtree(folder)
 
 
 def _step(folder: Path) -> int:

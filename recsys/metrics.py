@@ -1,65 +1,53 @@
-"""Exact metrics over a whole split, in float64."""
+"""Metrics of binary predictions, exact and in float64, on all rows of a split at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-Float64s = npt.NDArray[np.float64]
-Figures = dict[str, float | None]
+Floats = npt.NDArray[np.float64]
+Metrics = dict[str, float | str | None]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Rows in file order: logits and labels float64 [R, T]."""
+def auc(labels: Floats, logits: Floats) -> float | None:
+    """Share of (positive, negative) pairs in the right order, ties counting half; None where there is one class."""
+    positives = float(labels.sum())
+    negatives = len(labels) - positives
+    if not positives or not negatives:
+        return None
+    _, group, count = np.unique(logits, return_inverse=True, return_counts=True)
+    average_rank = np.cumsum(count) - (count - 1) / 2
+    rank_sum = float(average_rank[group][labels == 1].sum())
+    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
-    logits_RT: Float64s
-    labels_RT: Float64s
 
+def binary_metrics(labels: Floats, logits: Floats) -> Metrics:
+    """auc, logloss, ne, calibration and accuracy at probability one half, of rows [R].
 
-def figures(scored: Scored, tasks: Sequence[str]) -> Figures:
-    """`auc`, `logloss`, `ne`, `calibration`, `accuracy`, prefixed `<task>/` where there are several tasks.
-
-    What one class alone leaves undefined is None, for JSON has no NaN.
+    ne is the logloss over the entropy of the base rate (He et al. 2014); calibration the mean probability over the base
+    rate. What one class alone leaves undefined is None, with the reason beside it under `<metric>_reason`.
     """
-    found: Figures = {}
+    rate = float(labels.mean())
+    logloss = float((np.maximum(logits, 0) - logits * labels + np.log1p(np.exp(-np.abs(logits)))).mean())
+    probability = 1 / (1 + np.exp(-logits))
+    defined = 0 < rate < 1
+    found: Metrics = {
+        "auc": auc(labels, logits),
+        "logloss": logloss,
+        "ne": logloss / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)) if defined else None,
+        "calibration": float(probability.mean()) / rate if rate > 0 else None,
+        "accuracy": float(((logits > 0) == (labels == 1)).mean()),
+    }
+    reasons = {f"{name}_reason": f"all labels are {rate:.0f}" for name, value in found.items() if value is None}
+    return found | reasons
+
+
+def task_metrics(tasks: Sequence[str], labels_RT: Floats, logits_RT: Floats) -> Metrics:
+    """The metrics of every task; with several tasks the keys begin with `<task>/`."""
+    found: Metrics = {}
     for at, task in enumerate(tasks):
         prefix = f"{task}/" if len(tasks) > 1 else ""
-        of_task = binary_figures(scored.logits_RT[:, at], scored.labels_RT[:, at])
-        found |= {f"{prefix}{name}": value for name, value in of_task.items()}
+        found |= {
+            f"{prefix}{name}": value for name, value in binary_metrics(labels_RT[:, at], logits_RT[:, at]).items()
+        }
     return found
-
-
-def binary_figures(logits: Float64s, labels: Float64s) -> Figures:
-    """The figures of one task; AUC and NE are None where the labels hold one class only."""
-    loss = logloss(logits, labels)
-    base = float(labels.mean())
-    shared: Figures = {"logloss": loss, "accuracy": float(np.mean((logits > 0) == (labels > 0.5)))}
-    calibration = float(sigmoid(logits).mean()) / base if base > 0 else None
-    if base in (0.0, 1.0):
-        return {"auc": None, "ne": None, "calibration": calibration, **shared}
-    entropy = -(base * np.log(base) + (1 - base) * np.log1p(-base))
-    return {"auc": auc(logits, labels), "ne": loss / float(entropy), "calibration": calibration, **shared}
-
-
-def auc(scores: Float64s, labels: Float64s) -> float:
-    """Share of (positive, negative) pairs in the right order, ties a half (Mann-Whitney); both classes must be there."""
-    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
-    last_rank = np.cumsum(sizes)
-    mean_rank = (last_rank - (sizes - 1) / 2)[group]
-    positives = labels > 0.5
-    ones = int(positives.sum())
-    above = float(mean_rank[positives].sum()) - ones * (ones + 1) / 2
-    return above / (ones * (len(labels) - ones))
-
-
-def logloss(logits: Float64s, labels: Float64s) -> float:
-    """Mean binary cross entropy, from logits so that no probability rounds to 0 or 1."""
-    return float(np.mean(np.logaddexp(0.0, logits) - labels * logits))
-
-
-def sigmoid(logits: Float64s) -> Float64s:
-    """Probabilities, without overflow."""
-    probabilities: Float64s = np.exp(-np.logaddexp(0.0, -logits))
-    return probabilities

@@ -1,39 +1,71 @@
-"""How far a training run has come: all that a resumed run has to know beside the weights."""
+"""What a person sees while a model learns: a moving line on a terminal, a plain line now and then elsewhere."""
 
-from dataclasses import dataclass, replace
+import contextlib
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_PLAIN_EVERY_S = 10.0
 
 
-@dataclass(frozen=True)
-class Progress:
-    """`position` counts the rows of the current epoch taken by all ranks, `rows` those of all epochs.
+def quiet_libraries() -> None:
+    """Silences the deprecation talk of torch and torchrec about themselves, which a user cannot mend."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*", category=UserWarning)
+    for name in ("torch.fx._symbolic_trace", "torchrec.distributed.planner.types"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
-    `stale` counts the evaluations since the best one. Randomness needs no entry: data order is a function of seed and
-    epoch, dropout of seed, step and rank.
-    """
 
-    seed: int
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    rows: int = 0
-    seconds: float = 0.0
-    best_step: int | None = None
-    best_value: float | None = None
-    stale: int = 0
+@contextlib.contextmanager
+def watch() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that takes training's records."""
+    if sys.stderr.isatty():
+        with _bar() as show:
+            yield show
+    else:
+        yield _Plain().show
 
-    def after_step(self, global_rows: int, *, epoch_rows: int) -> "Progress":
-        """One step further; the end of an epoch is the start of the next."""
-        ended = self.position + global_rows >= epoch_rows
-        return replace(
-            self,
-            step=self.step + 1,
-            rows=self.rows + global_rows,
-            epoch=self.epoch + ended,
-            position=0 if ended else self.position + global_rows,
-        )
 
-    def after_evaluation(self, value: float) -> "Progress":
-        """`value` is better the higher it is."""
-        if self.best_value is None or value > self.best_value:
-            return replace(self, best_step=self.step, best_value=value, stale=0)
-        return replace(self, stale=self.stale + 1)
+def _text(record: dict[str, Any]) -> str:
+    parts = [f"step {record['step']:,}", f"{record['rows_per_second']:,.0f} rows/s"]
+    if record.get("loss") is not None:
+        parts.insert(1, f"loss {record['loss']:.4f}")
+    scores = [f"{k.removeprefix('valid/')} {v:.4f}" for k, v in record.items() if k.endswith("auc") and v is not None]
+    return ", ".join([*parts, *scores])
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[dict[str, Any]], None]]:
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        scores: dict[str, Any] = {}
+
+        def show(record: dict[str, Any]) -> None:
+            scores.update({k: v for k, v in record.items() if k.endswith("auc")})
+            bar.update(task, description=_text(record | scores), completed=record["rows"], total=record["total_rows"])
+
+        yield show
+
+
+class _Plain:
+    """Every evaluation, and a step every ten seconds."""
+
+    def __init__(self) -> None:
+        self._last = -_PLAIN_EVERY_S
+
+    def show(self, record: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now - self._last < _PLAIN_EVERY_S and not any(name.startswith("valid/") for name in record):
+            return
+        self._last = now
+        left = (record["total_rows"] - record["rows"]) / max(record["rows_per_second"], 1e-9)
+        sys.stderr.write(f"{_text(record)}, at most {left:.0f} s left\n")

@@ -1,49 +1,228 @@
-"""Training, from a dataset folder to a result; the same call goes on where a killed one stopped."""
+"""Training, from a dataset folder to `result.json`."""
 
-import dataclasses
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrec.distributed import DistributedModelParallel
 
-from etl.artifact import write_json
-from recsys import checkpoint, run_folder
+from etl.artifact import digest, read_json, write_json
+from etl.schema import Schema
 from recsys.batch import Batch
+from recsys.checkpoint import Progress, best, latest, save_checkpoint
 from recsys.data import Slice, Split, open_dataset
-from recsys.display import Display, display
-from recsys.experiment import Experiment, Train
-from recsys.metrics import Figures, figures
+from recsys.evaluate import evaluate_model, write_predictions
+from recsys.experiment import EarlyStop, Experiment, Train
+from recsys.metrics import Metrics
+from recsys.network import build_network
+from recsys.parallel.shard import shard
+from recsys.parallel.state import prime, restore, restore_tables_and_head
 from recsys.parallel.world import World, barrier, mean_over_ranks, open_world
-from recsys.progress import Progress
-from recsys.trainer import Trainer
+from recsys.run_folder import MetricsFile, open_run
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+Report = Callable[[dict[str, Any]], None]
 
 
-def train(experiment: Experiment, *, data: Path, run: Path) -> None:
-    """Trains until the last epoch or an early stop, and writes `run/result.json` with the best weights' figures.
+def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> dict[str, Any]:
+    """Trains until the epochs are over or validation stops gaining; the same call goes on after a crash.
+
+    `report` hears of each logged step and evaluation, on rank 0. Returns what `result.json` holds.
 
     Raises:
-        Fault: the data was made from another feature spec, a shard is broken, or `run` is another experiment's.
+        Fault: the dataset folder is stale or broken, or the run folder is another experiment's.
     """
-    settings = experiment.train
-    with open_world(settings.device) as world:
-        schema = open_dataset(data, experiment.data_hash())
+    schema = open_dataset(data, experiment.data_hash())
+    with open_world(experiment.train.device) as world:
         if world.rank == 0:
-            run_folder.claim(run, experiment, data=data)
+            open_run(run, experiment, schema=schema, data=data)
         barrier()
-        if run_folder.is_finished(run):
-            return
-        mine = Slice(world.rank, world.size, settings.batch_size)
-        splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
-        trainer = Trainer(experiment, schema, world=world)
-        progress = _resume(run, trainer, world=world, seed=experiment.seed)
-        steps = settings.epochs * math.ceil(splits["train"].rows / mine.step_rows)
-        with display(steps, is_shown=world.rank == 0) as show:
-            journal = _Journal(run, show, world=world, progress=progress)
-            for batch, progress in _steps(splits["train"], mine, progress=progress, settings=settings):
-                journal.add(trainer.step(batch, number=progress.step))
-                if progress.step % settings.log_every_steps == 0:
-                    journal.write(progress)
-        ...
+        trainer = Trainer(experiment, schema, data=data, run=run, world=world, report=report)
+        trainer.resume()
+        while not trainer.progress.finished:
+            for batch in trainer.rest_of_epoch():
+                trainer.step(batch)
+                trainer.log_if_due()
+                trainer.evaluate_if_due()
+                trainer.save_if_due()
+            trainer.end_epoch()
+        return trainer.finish()
+
+
+class Trainer:
+    """What changes while a model learns."""
+
+    def __init__(
+        self, experiment: Experiment, schema: Schema, *, data: Path, run: Path, world: World, report: Report
+    ) -> None:
+        self.settings, self.run, self.world, self.report = experiment.train, run, world, report
+        self.tasks, self.progress = schema.task_names, Progress(seed=experiment.seed)
+        self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
+        self.mine = Slice(world.rank, world.size, self.settings.batch_size)
+        network = build_network(experiment, schema, table_device="meta")
+        self.model = shard(network, experiment.embedding, world=world, seed=experiment.seed)
+        self.optimizer = dense_optimizer(self.model, self.settings)
+        self._loss, self._summed, self._saved_step = torch.zeros((), device=world.device), 0, -1
+        self._began, self._seconds_before, self._rows_before = time.monotonic(), 0.0, 0
+
+    def resume(self) -> None:
+        """From the newest checkpoint, where there is one; later lines of metrics.jsonl are written again."""
+        found = latest(self.run)
+        if found:
+            folder, self.progress = found
+            restore(folder, self.model, optimizer=self.optimizer)
+            self._saved_step = self.progress.step
+        self._seconds_before, self._rows_before = self.progress.seconds, self.progress.rows
+        if self.world.rank == 0:
+            self.lines = MetricsFile(self.run, last_step=self.progress.step)
+
+    def rest_of_epoch(self) -> Any:
+        """This rank's batches from where the epoch stands."""
+        p = self.progress
+        return self.splits["train"].shuffled(self.mine, seed=p.seed, epoch=p.epoch, start=p.position)
+
+    def step(self, batch: Batch) -> None:
+        """One update of tables (inside the backward pass) and dense weights."""
+        p = self.progress
+        torch.manual_seed(int(digest([p.seed, p.step, self.world.rank])[:15], 16))
+        loss = mean_loss(self.model, batch.to(self.world.device), world=self.world, precision=self.settings.precision)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.clip_norm)
+        self.optimizer.step()
+        self._loss += loss.detach()
+        self._summed += 1
+        self._advance(step=p.step + 1, position=p.position + batch.global_rows, rows=p.rows + batch.global_rows)
+
+    def log_if_due(self) -> None:
+        """Each `log_every_steps`: the mean loss since the last line."""
+        if self.progress.step % self.settings.log_every_steps == 0 or self.progress.step == 1:
+            self._log({})
+
+    def evaluate_if_due(self) -> None:
+        """Each `eval_every_steps`, where set."""
+        every = self.settings.eval_every_steps
+        if every and self.progress.step % every == 0:
+            self._evaluate()
+
+    def save_if_due(self) -> None:
+        """Each `checkpoint_every_steps`, where set."""
+        every = self.settings.checkpoint_every_steps
+        if every and self.progress.step % every == 0:
+            self._save()
+
+    def end_epoch(self) -> None:
+        """Evaluates, decides whether to stop, saves."""
+        last = self.progress.epoch + 1 >= self.settings.epochs
+        self._advance(epoch=self.progress.epoch + 1, position=0)
+        self._evaluate()
+        stop = last or self.progress.without_gain >= self.settings.early_stop.patience
+        self._advance(finished=stop)
+        self._save(again=True)
+
+    def finish(self) -> dict[str, Any]:
+        """The best weights' metrics on validation and test rows, written once."""
+        path = self.run / "result.json"
+        if path.is_file():
+            found: dict[str, Any] = read_json(path, remedy="delete it and run the command again")
+            return found
+        restore_tables_and_head(best(self.run), self.model)
+        p = self.progress
+        result: dict[str, Any] = {"steps": p.step, "rows": p.rows, "seconds": p.seconds, "best_step": p.best_step}
+        result["rows_per_second"] = p.rows / max(p.seconds, 1e-9)
+        for split in ("valid", "test"):
+            result[split], table = self._scores(split)
+            if self.world.rank == 0:
+                write_predictions(self.run, split, table)
+        if self.world.rank == 0:
+            write_json(path, result)
+        barrier()
+        return result
+
+    def _evaluate(self) -> None:
+        metrics, _ = self._scores("valid")
+        better = improves(metrics, self.tasks, best=self.progress.best, rule=self.settings.early_stop)
+        if better is None:
+            self._advance(without_gain=self.progress.without_gain + 1)
+        else:
+            self._advance(best=better, best_step=self.progress.step, without_gain=0)
+        self._log({f"valid/{name}": value for name, value in metrics.items()})
+        if better is not None:
+            self._save(again=True)
+
+    def _scores(self, split: str) -> tuple[Metrics, Any]:
+        rows, batch_size = self.splits[split], self.settings.batch_size
+        return evaluate_model(self.model, rows, tasks=self.tasks, world=self.world, batch_size=batch_size)
+
+    def _save(self, *, again: bool = False) -> None:
+        if again or self._saved_step != self.progress.step:
+            keep = self.settings.keep
+            save_checkpoint(
+                self.run, self.progress, model=self.model, optimizer=self.optimizer, world=self.world, keep=keep
+            )
+            self._saved_step = self.progress.step
+
+    def _log(self, metrics: Metrics) -> None:
+        loss = mean_over_ranks(self._loss / max(self._summed, 1)) if self._summed else None
+        self._loss.zero_()
+        self._summed = 0
+        p = self.progress
+        record = {"step": p.step, "epoch": p.epoch, "rows": p.rows, "seconds": p.seconds, "loss": loss} | metrics
+        if self.world.rank == 0:
+            self.lines.add({name: value for name, value in record.items() if value is not None})
+            seconds = max(p.seconds - self._seconds_before, 1e-9)
+            record["rows_per_second"] = (p.rows - self._rows_before) / seconds
+            record["total_rows"] = self.splits["train"].rows * self.settings.epochs
+            self.report(record)
+
+    def _advance(self, **changes: float | int | bool) -> None:
+        seconds = self._seconds_before + time.monotonic() - self._began
+        self.progress = self.progress.model_copy(update=changes | {"seconds": seconds})
+
+
+def mean_loss(model: nn.Module, batch: Batch, *, world: World, precision: str) -> Tensor:
+    """This rank's share of the step's mean logloss, times the ranks: gradients are averaged over ranks afterwards."""
+    with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        logits_BT = model(batch.ids_BF, batch.dense_BN)
+    loss_BT = binary_cross_entropy_with_logits(logits_BT.float(), batch.labels_BT, reduction="none")
+    return (loss_BT.sum(dim=1) * batch.weights_B).sum() * (world.size / batch.global_rows)
+
+
+def dense_optimizer(model: DistributedModelParallel, settings: Train) -> torch.optim.Optimizer:
+    """The optimizer of everything but the tables, its states ready to be loaded into."""
+    named = dict(model.named_parameters())
+    parameters = [value for name, value in named.items() if "tables.embedding_bags" not in name]
+    before = [value.detach().clone() for value in parameters]
+    optimizer = _OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate, weight_decay=0.0)
+    prime(optimizer)
+    with torch.no_grad():
+        for value, old in zip(parameters, before, strict=True):
+            value.copy_(old)
+    if settings.weight_decay:
+        optimizer.register_step_pre_hook(lambda o, a, k: _decay(parameters, settings))
+    return optimizer
+
+
+def _decay(parameters: list[nn.Parameter], settings: Train) -> None:
+    """Decoupled weight decay (Loshchilov and Hutter 2019), the same for every optimizer."""
+    with torch.no_grad():
+        for value in parameters:
+            value.mul_(1 - settings.learning_rate * settings.weight_decay)
+
+
+def improves(metrics: Metrics, tasks: list[str], *, best: float | None, rule: EarlyStop) -> float | None:
+    """The mean figure over tasks where it beats `best` (higher is better, so logloss counts negative), else None."""
+    names = [f"{task}/{rule.metric}" if len(tasks) > 1 else rule.metric for task in tasks]
+    values = [value for name in names if isinstance(value := metrics[name], float)]
+    figure = sum(values) / len(values) if values else 0.0
+    figure = -figure if rule.metric == "logloss" else figure
+    return figure if best is None or figure > best else None
