@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 import etl.transform
@@ -55,7 +54,9 @@ def export(run: Path, out: Path) -> Bundle:
         offline = offline_scores(network, transform, table=rows)
         _write_golden(folder / "golden", rows, offline=offline, tasks=schema.task_names)
         _check(folder, transform, rows=rows, offline=offline, tolerance=experiment.export.tolerance, max_rows=max_rows)
-        bundle = _manifest(run, experiment, schema, transform=transform, result=result, files=file_hashes(folder))
+        bundle = _manifest(
+            run, experiment, schema=schema, transform=transform, result=result, files=file_hashes(folder)
+        )
         write_json(folder / MARKER, bundle.model_dump(mode="json"))
     return bundle
 
@@ -127,8 +128,8 @@ def _check(
 def _manifest(
     run: Path,
     experiment: Experiment,
-    schema: Schema,
     *,
+    schema: Schema,
     transform: Transform,
     result: dict[str, Any],
     files: dict[str, str],

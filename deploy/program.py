@@ -68,7 +68,7 @@ class _Code(nn.Module):
 
 
 def save_program(network: ServedNetwork, folder: Path, *, max_rows: int, features: int, dense: int) -> None:
-    """Writes `program.pt2`, for 1 to `max_rows` rows, and `weights.safetensors`, whose names in order are its inputs."""
+    """Writes `program.pt2`, for 1 to `max_rows` rows, and `weights.safetensors`: its names in order are the inputs."""
     network.eval().requires_grad_(False)
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
     weights = {name: tensors[name].contiguous() for name in sorted(tensors)}

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,6 +18,8 @@ from etl.experiment_file import parse
 from etl.faults import Fault
 from etl.sources import read_raw_split, read_rows
 from recsys.experiment import Experiment
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,18 @@ def verify(bundle_dir: Path, *, url: str, rows: Path | None) -> Iterator[Compari
         kept = pq.read_table(bundle_dir / "golden" / "scores.parquet")
         score_BT = np.stack([kept[task].to_numpy() for task in bundle.tasks], axis=1)
         ids_BF = np.array(kept["ids"].to_pylist(), np.int64)
-        yield _compare("golden requests", client, golden, score_BT=score_BT, ids_BF=ids_BF, tolerance=bundle.tolerance)
+        yield _compare(
+            "golden requests", client, table=golden, score_BT=score_BT, ids_BF=ids_BF, tolerance=bundle.tolerance
+        )
         network, transform = offline_run(_same_run(bundle))
         raw = read_rows(rows, client.columns) if rows else _test_rows(bundle_dir)
         offline = offline_scores(network, transform, table=raw)
         what = str(rows) if rows else "test split"
-        yield _compare(what, client, raw, score_BT=offline.score, ids_BF=offline.ids, tolerance=bundle.tolerance)
+        yield _compare(what, client, table=raw, score_BT=offline.score, ids_BF=offline.ids, tolerance=bundle.tolerance)
 
 
 def _compare(
-    what: str, client: Client, table: pa.Table, *, score_BT: np.ndarray, ids_BF: np.ndarray, tolerance: float
+    what: str, client: Client, *, table: pa.Table, score_BT: Array, ids_BF: Array, tolerance: float
 ) -> Comparison:
     served = client.score(table, ids=True)
     difference_B = np.abs(served.score - score_BT).max(axis=1)

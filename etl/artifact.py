@@ -11,6 +11,9 @@ from typing import Any
 
 from etl.faults import Fault
 
+Json = dict[str, Any]
+"""A JSON object as it stands in a file; what reads it parses it into a record of its own."""
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""

@@ -43,7 +43,7 @@ def run(
             print(f"{folder}: up to date")
             return
         with _Progress() as report:
-            manifest = run_etl(spec, folder, report)
+            manifest = run_etl(spec, folder, report=report)
         rows = ", ".join(f"{split} {s['rows']:,}" for split, s in manifest["splits"].items())
         print(f"{folder}: {rows} rows")
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from etl.artifact import Json
 from etl.faults import Fault, Faults
 from etl.spec import FeatureSpec
 
@@ -31,7 +32,7 @@ def load_feature_spec(path: Path, *, overrides: Sequence[str]) -> tuple[str, Fea
     return str(raw.get("name", path.stem)), parse(mine, place=str(path), into=FeatureSpec)
 
 
-def read(path: Path, *, overrides: Sequence[str]) -> dict[str, Any]:
+def read(path: Path, *, overrides: Sequence[str]) -> Json:
     """The parsed TOML with the overrides applied; `name` defaults to the file's own."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ def read(path: Path, *, overrides: Sequence[str]) -> dict[str, Any]:
     return raw
 
 
-def parse(raw: dict[str, Any], *, place: str, into: type[T]) -> T:
+def parse(raw: Json, *, place: str, into: type[T]) -> T:
     """Validates; each of pydantic's complaints becomes a fault with the dotted path of its key."""
     try:
         return into.model_validate(raw)
@@ -67,7 +68,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def _override(raw: Json, override: str) -> None:
     """Sets one dotted key; the value is read as TOML, or as a text where it is none."""
     key, equals, text = override.partition("=")
     place = f"--set {override}"

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from etl.artifact import read_json
+from etl.artifact import Json, read_json
 from etl.schema import Schema, read_schema
 
 _BINS = 10
 
 
-def inspect(folder: Path) -> dict[str, Any]:
+def inspect(folder: Path) -> Json:
     """Rows and label rates by split; by feature its table rows, missing and unseen shares, and drift from training.
 
     Drift is the population stability index sum((p - q) ln(p / q)) between training and a split: over the ten most
@@ -28,14 +28,16 @@ def inspect(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "engine": manifest["engine"],
         "splits": {name: {"rows": s["rows"], "label_rate": s["label_rate"]} for name, s in splits.items()},
-        "features": [_id_row(f.name, schema, splits) | _drift(folder, f.name, dense=False) for f in schema.features],
+        "features": [
+            _id_row(f.name, schema, splits=splits) | _drift(folder, f.name, dense=False) for f in schema.features
+        ],
         "dense": [
             {"name": name} | _moments(folder, name) | _drift(folder, name, dense=True) for name in schema.dense_names
         ],
     }
 
 
-def _id_row(name: str, schema: Schema, splits: dict[str, Any]) -> dict[str, Any]:
+def _id_row(name: str, schema: Schema, *, splits: Json) -> Json:
     feature = next(f for f in schema.features if f.name == name)
     shares = {
         kind: {split: s["features"][name][kind] / s["rows"] for split, s in splits.items()}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import sources
-from etl.artifact import digest, new_folder, read_json, sha256, write_json
+from etl.artifact import Json, digest, new_folder, read_json, sha256, write_json
 from etl.engines.polars import fit
 from etl.faults import Fault
 from etl.schema import DenseFeature, Schema, TaskColumn
@@ -26,7 +25,7 @@ def spec_hash(spec: FeatureSpec) -> str:
     return digest(spec.model_dump(mode="json", by_alias=True, include=set(FeatureSpec.model_fields)))
 
 
-def run(spec: FeatureSpec, out: Path, report: Report) -> dict[str, Any]:
+def run(spec: FeatureSpec, out: Path, *, report: Report) -> Json:
     """Makes the dataset folder and returns its manifest; `report` hears of (stage, rows so far).
 
     Raises:
@@ -35,8 +34,8 @@ def run(spec: FeatureSpec, out: Path, report: Report) -> dict[str, Any]:
     with new_folder(out, marker="manifest.json") as folder:
         raw = folder / "raw"
         raw.mkdir()
-        label_rates = _stage(spec, raw, report)
-        state, features, tables = fit(spec, raw / "train.parquet", folder / "transform")
+        label_rates = _stage(spec, raw, report=report)
+        state, features, tables = fit(spec, raw / "train.parquet", transform=folder / "transform")
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),
@@ -46,7 +45,7 @@ def run(spec: FeatureSpec, out: Path, report: Report) -> dict[str, Any]:
         )
         schema.write(folder)
         transform = Transform.load(folder / "transform")
-        stats = {split: _encode(spec, split, folder, transform=transform, report=report) for split in SPLITS}
+        stats = {split: _encode(spec, split, folder=folder, transform=transform, report=report) for split in SPLITS}
         for split in SPLITS:
             (raw / f"{split}.parquet").unlink()
             stats[split]["label_rate"] = label_rates[split]
@@ -72,7 +71,7 @@ def _raw_files(spec: FeatureSpec) -> dict[str, list[int]]:
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
 
-def _stage(spec: FeatureSpec, raw: Path, report: Report) -> dict[str, dict[str, float]]:
+def _stage(spec: FeatureSpec, raw: Path, *, report: Report) -> dict[str, dict[str, float]]:
     """Raw files -> one typed parquet a split; the positive rate of each label by split."""
     data = spec.data
     writers = {split: _Stage(raw / f"{split}.parquet") for split in SPLITS}
@@ -135,7 +134,7 @@ def _label_rates(spec: FeatureSpec, staged: Path, *, split: str) -> dict[str, fl
     return rates
 
 
-def _encode(spec: FeatureSpec, split: str, folder: Path, *, transform: Transform, report: Report) -> dict[str, Any]:
+def _encode(spec: FeatureSpec, split: str, *, folder: Path, transform: Transform, report: Report) -> Json:
     """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
     (folder / split).mkdir()
     names = [step["name"] for step in transform.features]
@@ -184,11 +183,11 @@ class _Shards:
             self._writer.close()
 
 
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
+def _files(folder: Path) -> dict[str, Json]:
     """Every file of the folder with its size and hash; rows where it is parquet."""
     listed = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        entry: Json = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         if path.suffix == ".parquet":
             entry["rows"] = pq.ParquetFile(path).metadata.num_rows
         listed[path.relative_to(folder).as_posix()] = entry

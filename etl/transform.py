@@ -22,6 +22,9 @@ Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
 Float32s = npt.NDArray[np.float32]
 
+State = Mapping[str, Any]
+"""A part of transform.json, or of the signature, as JSON values."""
+
 MISSING_KEY = np.iinfo(np.int64).min
 MISSING_NUMBER = float(np.finfo(np.float64).min)
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
@@ -99,11 +102,11 @@ class Packer:
     numbers: tuple[str, ...]
 
     @classmethod
-    def from_signature(cls, signature: Mapping[str, Any]) -> "Packer":
+    def from_signature(cls, signature: State) -> "Packer":
         """From `signature()`, after a trip through JSON."""
         return cls(dict(signature["columns"]), tuple(signature["keys"]), tuple(signature["numbers"]))
 
-    def signature(self) -> dict[str, Any]:
+    def signature(self) -> State:
         """What a client has to know, as JSON values."""
         return {"columns": dict(self.columns), "keys": list(self.keys), "numbers": list(self.numbers)}
 
@@ -202,11 +205,11 @@ class Vocabulary:
 class Transform:
     """The fitted state of a dataset folder's `transform/`."""
 
-    def __init__(self, state: Mapping[str, Any], vocabularies: Mapping[str, Vocabulary]) -> None:
+    def __init__(self, state: State, vocabularies: Mapping[str, Vocabulary]) -> None:
         self.packer = Packer.from_signature(state["signature"])
         self.columns = dict(self.packer.columns)
-        self.features: list[dict[str, Any]] = state["features"]
-        self.dense: list[dict[str, Any]] = state["dense"]
+        self.features: list[State] = state["features"]
+        self.dense: list[State] = state["dense"]
         self._vocabularies = vocabularies
 
     @classmethod
@@ -216,7 +219,7 @@ class Transform:
         tables = [step["name"] for step in state["features"] if step["kind"] == "vocabulary"]
         return cls(state, {t: Vocabulary.read(folder / "vocabulary" / f"{t}.parquet") for t in tables})
 
-    def signature(self) -> dict[str, Any]:
+    def signature(self) -> State:
         """What a client has to know to pack a request, as JSON values."""
         return self.packer.signature()
 
@@ -238,7 +241,7 @@ class Transform:
         missing = np.array([np.count_nonzero(key == MISSING_KEY) for key in keys.values()], np.int64)
         return Encoded(ids, dense, missing)
 
-    def _key(self, step: Mapping[str, Any], *, packed: Packed, keys: Mapping[str, Int64s]) -> Int64s:
+    def _key(self, step: State, *, packed: Packed, keys: Mapping[str, Int64s]) -> Int64s:
         """The value of an id feature before its table is looked up."""
         if step["kind"] == "cross":
             return _crossed([keys[name] for name in step["inputs"]])
@@ -246,7 +249,7 @@ class Transform:
             return bucket_keys(packed.numbers[:, self.packer.numbers.index(step["column"])], step["boundaries"])
         return packed.keys[:, self.packer.keys.index(step["column"])]
 
-    def _rows(self, step: Mapping[str, Any], key: Int64s) -> Int64s:
+    def _rows(self, step: State, key: Int64s) -> Int64s:
         if step["kind"] == "vocabulary":
             return self._vocabularies[step["name"]](key)
         if step["kind"] == "buckets":
@@ -269,7 +272,7 @@ def _crossed(parts: Sequence[Int64s]) -> Int64s:
     return np.where(missing, MISSING_KEY, np.where(crossed == MISSING_KEY, MISSING_KEY + 1, crossed))
 
 
-def scale(numbers: Float64s, step: Mapping[str, Any]) -> Float64s:
+def scale(numbers: Float64s, step: State) -> Float64s:
     """Fill, clip, log1p, standardize, in this order and in float64."""
     x = np.where(numbers == MISSING_NUMBER, step["fill"], numbers)
     x = np.clip(x, *step["clip"]) if step["clip"] else x

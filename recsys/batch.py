@@ -22,4 +22,5 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same rows on a device, copied without waiting."""
         tensors = (self.ids_BF, self.dense_BN, self.labels_BT, self.weights_B)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), global_rows=self.global_rows)
+        ids_BF, dense_BN, labels_BT, weights_B = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(ids_BF, dense_BN, labels_BT, weights_B, self.global_rows)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch.optim import Optimizer
-from torchrec.distributed import DistributedModelParallel
 
 from etl.artifact import read_json, write_json, write_text
 from etl.faults import Fault
+from recsys.parallel.shard import DistributedModelParallel
 from recsys.parallel.state import save
 from recsys.parallel.world import World, barrier
 

@@ -50,7 +50,8 @@ def train(
     experiment: ExperimentFile,
     *,
     run: Annotated[
-        Path | None, typer.Option("--run", "--run-dir", help="The run folder; default out/<name>/run. Under torchrun: --run-dir.")
+        Path | None,
+        typer.Option("--run", "--run-dir", help="The run folder; default out/<name>/run. torchrun needs --run-dir."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="The dataset folder; default out/<name>/data.")] = None,
     set_: Overrides = None,

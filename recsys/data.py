@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,8 @@ _AHEAD = 8
 _REMEDY = "run 'python -m etl run' again"
 
 
-class RowGroup(NamedTuple):
+@dataclass(frozen=True)
+class RowGroup:
     """The unit of reading."""
 
     file: Path
@@ -47,7 +48,7 @@ class Rows(NamedTuple):
 
     def take(self, which: slice | npt.NDArray[np.int64]) -> "Rows":
         """Some of the rows."""
-        return Rows(*(part[which] for part in self))
+        return Rows(self.ids_RF[which], self.dense_RN[which], self.labels_RT[which])
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Split:
         if absent := sorted(set(names) - set(file.schema_arrow.names)):
             raise Fault(str(group.file), got=f"no column {', '.join(absent)}", wanted="the schema's", remedy=_REMEDY)
         table = file.read_row_group(group.index, columns=names, use_threads=False)
-        ids = _matrix(table, schema.id_names, place=group.file, dtype=pa.int64())
+        ids: npt.NDArray[np.int64] = _matrix(table, schema.id_names, place=group.file, dtype=pa.int64())
         for at, feature in enumerate(schema.features):
             _check_ids(ids[:, at], rows=schema.rows(feature.table), place=f"{group.file}: column '{feature.name}'")
         dense = _matrix(table, schema.dense_names, place=group.file, dtype=pa.float32())
@@ -154,7 +155,7 @@ def _row_groups(folder: Path) -> list[RowGroup]:
     return found
 
 
-def _matrix(table: pa.Table, names: Sequence[str], *, place: Path, dtype: pa.DataType) -> npt.NDArray[np.generic]:
+def _matrix(table: pa.Table, names: Sequence[str], *, place: Path, dtype: pa.DataType) -> npt.NDArray[Any]:
     """Columns side by side, row after row."""
     matrix = np.empty((table.num_rows, len(names)), np.int64 if dtype == pa.int64() else np.float32)
     for at, name in enumerate(names):
@@ -191,7 +192,7 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, made by a thread that stays a few ahead and ends with the reader; its error is raised here."""
     made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(_AHEAD)
     stop = threading.Event()
-    thread = threading.Thread(target=_make, args=(items, made, stop), name="batches", daemon=True)
+    thread = threading.Thread(target=_make, args=(items, made), kwargs={"stop": stop}, name="batches", daemon=True)
     thread.start()
     try:
         while True:
@@ -207,21 +208,22 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _make(
-    items: Iterator[T], made: "queue.Queue[tuple[T | None, BaseException | None]]", stop: threading.Event
+    items: Iterator[T], made: "queue.Queue[tuple[T | None, BaseException | None]]", *, stop: threading.Event
 ) -> None:
     """Puts the items, then None; or the error that ended them."""
     try:
         for item in items:
-            if not _put(made, (item, None), stop):
+            if not _put(made, (item, None), stop=stop):
                 return
-        _put(made, (None, None), stop)
+        _put(made, (None, None), stop=stop)
     except BaseException as error:
-        _put(made, (None, error), stop)
+        _put(made, (None, error), stop=stop)
 
 
 def _put(
     made: "queue.Queue[tuple[T | None, BaseException | None]]",
     pair: tuple[T | None, BaseException | None],
+    *,
     stop: threading.Event,
 ) -> bool:
     """Waits for room; False where the reader has gone."""

@@ -40,7 +40,7 @@ def evaluate_model(
 ) -> tuple[Metrics, pa.Table]:
     """Metrics, and probabilities `<task>` beside labels `<task>/label`, float32."""
     labels_RT, logits_RT = score_split(model, split, world=world, batch_size=batch_size)
-    metrics = task_metrics(tasks, labels_RT.double().numpy(), logits_RT.double().numpy())
+    metrics = task_metrics(tasks, labels_RT=labels_RT.double().numpy(), logits_RT=logits_RT.double().numpy())
     columns = {}
     for at, task in enumerate(tasks):
         columns[task] = logits_RT[:, at].sigmoid().numpy().astype(np.float32)
@@ -48,7 +48,7 @@ def evaluate_model(
     return metrics, pa.table(columns)
 
 
-def write_predictions(run: Path, split: str, table: pa.Table) -> None:
+def write_predictions(run: Path, split: str, *, table: pa.Table) -> None:
     """`predictions/<split>.parquet` of a run, whole or not at all."""
     folder = run / "predictions"
     folder.mkdir(exist_ok=True)
@@ -72,6 +72,6 @@ def evaluate(run: Path, *, data: Path | None, split: str) -> Metrics | None:
         batch_size = experiment.train.batch_size
         metrics, table = evaluate_model(model, rows, tasks=schema.task_names, world=world, batch_size=batch_size)
         if world.rank == 0:
-            write_predictions(run, split, table)
+            write_predictions(run, split, table=table)
             return metrics
         return None

@@ -42,7 +42,7 @@ def binary_metrics(labels: Floats, logits: Floats) -> Metrics:
     return found | reasons
 
 
-def task_metrics(tasks: Sequence[str], labels_RT: Floats, logits_RT: Floats) -> Metrics:
+def task_metrics(tasks: Sequence[str], *, labels_RT: Floats, logits_RT: Floats) -> Metrics:
     """The metrics of every task; with several tasks the keys begin with `<task>/`."""
     found: Metrics = {}
     for at, task in enumerate(tasks):

@@ -86,7 +86,8 @@ class Network(nn.Module):
     def _in_order(self, pooled: KeyedTensor) -> Tensor:
         """A sharded lookup answers in the order of its plan."""
         if pooled.keys() == self._names:
-            return pooled.values()
+            values_BD: Tensor = pooled.values()
+            return values_BD
         in_order_BD: Tensor = KeyedTensor.regroup([pooled], [self._names])[0]
         return in_order_BD
 

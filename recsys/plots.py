@@ -155,8 +155,7 @@ def auc_plot(curves: Sequence[Curve], *, alt: str) -> str:
             _line(axes, curve.steps, y=curve.values, look=curve.look)
             if not many:
                 axes.plot(curve.steps, curve.values, ".", color=color, markersize=5)
-            at = np.flatnonzero(curve.steps == curve.best) if curve.best is not None else []
-            for i in at:
+            for i in np.flatnonzero(curve.steps == curve.best):
                 axes.plot(curve.steps[i], curve.values[i], "o", color=color, mfc="none", markersize=10, mew=1.8)
         if len(curves) == 1 and curves[0].best is not None:
             axes.axvline(curves[0].best, color=MUTED, linewidth=1, dashes=(2, 2))

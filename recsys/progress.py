@@ -6,11 +6,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from etl.artifact import Json
+
+Report = Callable[[Json], None]
 _PLAIN_EVERY_S = 10.0
 
 
@@ -25,7 +27,7 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Callable[[dict[str, Any]], None]]:
+def watch() -> Iterator[Report]:
     """A function that takes training's records."""
     if sys.stderr.isatty():
         with _bar() as show:
@@ -34,7 +36,7 @@ def watch() -> Iterator[Callable[[dict[str, Any]], None]]:
         yield _Plain().show
 
 
-def _text(record: dict[str, Any]) -> str:
+def _text(record: Json) -> str:
     parts = [f"step {record['step']:,}", f"{record['rows_per_second']:,.0f} rows/s"]
     if record.get("loss") is not None:
         parts.insert(1, f"loss {record['loss']:.4f}")
@@ -43,13 +45,13 @@ def _text(record: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[dict[str, Any]], None]]:
+def _bar() -> Iterator[Report]:
     columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
-        scores: dict[str, Any] = {}
+        scores: Json = {}
 
-        def show(record: dict[str, Any]) -> None:
+        def show(record: Json) -> None:
             scores.update({k: v for k, v in record.items() if k.endswith("auc")})
             bar.update(task, description=_text(record | scores), completed=record["rows"], total=record["total_rows"])
 
@@ -62,7 +64,7 @@ class _Plain:
     def __init__(self) -> None:
         self._last = -_PLAIN_EVERY_S
 
-    def show(self, record: dict[str, Any]) -> None:
+    def show(self, record: Json) -> None:
         now = time.monotonic()
         if now - self._last < _PLAIN_EVERY_S and not any(name.startswith("valid/") for name in record):
             return

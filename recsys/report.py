@@ -144,10 +144,10 @@ def _training(runs: Sequence[Run]) -> str:
         "The ring is the step that was kept. A fall after it is overfitting; a rise up to the end asks for more steps."
     )
     figures = [
-        _figure("Training loss", plots.loss_plot(losses, alt=f"Training loss over steps. {loss}"), loss)
+        _figure("Training loss", plots.loss_plot(losses, alt=f"Training loss over steps. {loss}"), caption=loss)
         if losses
         else _absent("Training loss", "metrics.jsonl holds no loss."),
-        _figure("Validation AUC", plots.auc_plot(aucs, alt=f"Validation AUC over steps. {auc}"), auc)
+        _figure("Validation AUC", plots.auc_plot(aucs, alt=f"Validation AUC over steps. {auc}"), caption=auc)
         if aucs
         else _absent("Validation AUC", "metrics.jsonl holds no validation AUC."),
     ]
@@ -168,8 +168,8 @@ def _predictions(runs: Sequence[Run]) -> str:
     )
     drawn = [scores for _, _, scores in scored]
     figures = [
-        _figure("ROC curve", plots.roc_plot(drawn, alt=f"ROC curve. {roc}"), escape(roc)),
-        _figure("Calibration", plots.calibration_plot(drawn, alt=f"Calibration plot. {bins}"), bins),
+        _figure("ROC curve", plots.roc_plot(drawn, alt=f"ROC curve. {roc}"), caption=escape(roc)),
+        _figure("Calibration", plots.calibration_plot(drawn, alt=f"Calibration plot. {bins}"), caption=bins),
     ]
     for i, task, scores in scored:
         name = _series_name(runs, i, task=task)
@@ -183,7 +183,7 @@ def _histogram(scores: Scores, *, name: str, id_: str) -> str:
     key = " and ".join(f'<span class="swatch {label}"></span>{label} ({count:,} rows)' for label, count in counts)
     how = "Each colour sums to 100 %; the less the two overlap, the better the model tells them apart."
     title = f"Scores by label: {name}" if name else "Scores by label"
-    return _figure(title, plots.histogram_plot(scores, name=id_, alt=f"{title}. {how}"), f"{key}. {how}")
+    return _figure(title, plots.histogram_plot(scores, name=id_, alt=f"{title}. {how}"), caption=f"{key}. {how}")
 
 
 def _tables(runs: Sequence[Run]) -> str:
@@ -262,7 +262,7 @@ def _grid(figures: Sequence[str]) -> str:
     return f'<div class="grid">{"".join(figures)}</div>'
 
 
-def _figure(title: str, svg: str, caption: str) -> str:
+def _figure(title: str, svg: str, *, caption: str) -> str:
     """The caption is HTML, the title a text."""
     return f"<figure><h3>{escape(title)}</h3>{svg}<figcaption>{caption}</figcaption></figure>\n"
 

@@ -3,9 +3,8 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from etl.artifact import write_json, write_text
+from etl.artifact import Json, write_json, write_text
 from etl.faults import Fault
 from etl.schema import Schema
 from recsys.experiment import Experiment, read_experiment
@@ -55,7 +54,7 @@ class MetricsFile:
         text = self._path.read_text(encoding="utf-8")
         return text[: text.rfind("\n") + 1].splitlines()
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Json) -> None:
         """Appends one line."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")

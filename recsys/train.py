@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchrec.distributed import DistributedModelParallel
 
-from etl.artifact import digest, read_json, write_json
+from etl.artifact import Json, digest, read_json, write_json
 from etl.schema import Schema
 from recsys.batch import Batch
 from recsys.checkpoint import Progress, best, latest, save_checkpoint
@@ -19,20 +18,20 @@ from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment, Train
 from recsys.metrics import Metrics
 from recsys.network import build_network
-from recsys.parallel.shard import shard
+from recsys.parallel.shard import DistributedModelParallel, shard
 from recsys.parallel.state import prime, restore, restore_tables_and_head
 from recsys.parallel.world import World, barrier, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
 
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
 }
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[Json], None]
 
 
-def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> dict[str, Any]:
+def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> Json:
     """Trains until the epochs are over or validation stops gaining; the same call goes on after a crash.
 
     `report` hears of each logged step and evaluation, on rank 0. Returns what `result.json` holds.
@@ -95,7 +94,7 @@ class Trainer:
         torch.manual_seed(int(digest([p.seed, p.step, self.world.rank])[:15], 16))
         loss = mean_loss(self.model, batch.to(self.world.device), world=self.world, precision=self.settings.precision)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.clip_norm)
         self.optimizer.step()
@@ -129,20 +128,20 @@ class Trainer:
         self._advance(finished=stop)
         self._save(again=True)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Json:
         """The best weights' metrics on validation and test rows, written once."""
         path = self.run / "result.json"
         if path.is_file():
-            found: dict[str, Any] = read_json(path, remedy="delete it and run the command again")
+            found: Json = read_json(path, remedy="delete it and run the command again")
             return found
         restore_tables_and_head(best(self.run), self.model)
         p = self.progress
-        result: dict[str, Any] = {"steps": p.step, "rows": p.rows, "seconds": p.seconds, "best_step": p.best_step}
+        result: Json = {"steps": p.step, "rows": p.rows, "seconds": p.seconds, "best_step": p.best_step}
         result["rows_per_second"] = p.rows / max(p.seconds, 1e-9)
         for split in ("valid", "test"):
             result[split], table = self._scores(split)
             if self.world.rank == 0:
-                write_predictions(self.run, split, table)
+                write_predictions(self.run, split, table=table)
         if self.world.rank == 0:
             write_json(path, result)
         barrier()

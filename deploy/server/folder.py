@@ -57,7 +57,7 @@ def claimed(folder: LogFolder, orphan_timeout_s: float) -> Iterator[LogFolder]:
             ) from taken
         if left := folder.read_state():
             _log.warning("%s: sweeping after a server whose launcher was killed", folder.state)
-            end_orphan(left.pid, left.server_id, orphan_timeout_s)
+            end_orphan(left.pid, server_id=left.server_id, timeout_s=orphan_timeout_s)
             remove_regions(left.server_id)
         try:
             yield folder

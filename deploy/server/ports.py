@@ -45,18 +45,20 @@ def _bind_given(holders: dict[str, socket.socket], given: dict[str, int]) -> lis
         try:
             _bind(holders[protocol], port)
         except (OSError, OverflowError) as error:
-            faults.append(_fault(protocol, port, getattr(error, "strerror", None) or str(error)))
+            faults.append(_fault(protocol, port, reason=getattr(error, "strerror", None) or str(error)))
     return faults
 
 
 def _repeated(given: dict[str, int]) -> list[Fault]:
     ports = list(given.values())
     return [
-        _fault(protocol, port, "given for two protocols") for protocol, port in given.items() if ports.count(port) > 1
+        _fault(protocol, port, reason="given for two protocols")
+        for protocol, port in given.items()
+        if ports.count(port) > 1
     ]
 
 
-def _fault(protocol: str, port: int, reason: str) -> Fault:
+def _fault(protocol: str, port: int, *, reason: str) -> Fault:
     return Fault(
         f"{protocol} port {port}",
         got=f"{HOST}:{port}: {reason}",

@@ -83,7 +83,7 @@ class ServerProcess:
         return self._popen.wait()
 
 
-def end_orphan(pid: int, server_id: str, timeout_s: float) -> None:
+def end_orphan(pid: int, *, server_id: str, timeout_s: float) -> None:
     """Sees a server out whose launcher was killed: it has had SIGTERM, and gets SIGKILL after `timeout_s`."""
     with suppress(psutil.Error, ProcessLookupError):
         if f"--id={server_id}" not in psutil.Process(pid).cmdline():

@@ -1,18 +1,18 @@
 """The CPU engine: fits the transform's state with polars' streaming engine, one narrow query a column."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
+from etl.artifact import Json
 from etl.faults import Fault
 from etl.schema import IdFeature, Table
 from etl.spec import Categorical, Cross, FeatureSpec, Numeric, column_of, resolve
 from etl.transform import MISSING_KEY, text_keys
 
 
-def fit(spec: FeatureSpec, train: Path, transform: Path) -> tuple[dict[str, Any], list[IdFeature], list[Table]]:
+def fit(spec: FeatureSpec, train: Path, *, transform: Path) -> tuple[Json, list[IdFeature], list[Table]]:
     """Fits on the staged training rows; writes the vocabularies into `transform` and returns the rest as JSON values.
 
     Raises:
@@ -25,7 +25,7 @@ def fit(spec: FeatureSpec, train: Path, transform: Path) -> tuple[dict[str, Any]
         if isinstance(feature, Numeric) and feature.as_ == "dense":
             dense.append(_dense(feature, rows))
             continue
-        step, size = _id_step(feature, rows, transform)
+        step, size = _id_step(feature, rows, transform=transform)
         ids.append(step)
         kind = "buckets" if isinstance(feature, Numeric) else feature.type
         features.append(IdFeature(name=step["name"], type=kind, table=step["name"], linear_only=feature.linear_only))
@@ -33,7 +33,7 @@ def fit(spec: FeatureSpec, train: Path, transform: Path) -> tuple[dict[str, Any]
     return {"version": 1, "signature": _signature(spec), "features": ids, "dense": dense}, features, tables
 
 
-def _signature(spec: FeatureSpec) -> dict[str, Any]:
+def _signature(spec: FeatureSpec) -> Json:
     """The raw columns and which of them travel as keys and as numbers."""
     resolved = [feature for feature in resolve(spec.features) if not isinstance(feature, Cross)]
     return {
@@ -43,7 +43,7 @@ def _signature(spec: FeatureSpec) -> dict[str, Any]:
     }
 
 
-def _id_step(feature: Categorical | Numeric | Cross, rows: pl.LazyFrame, transform: Path) -> tuple[dict[str, Any], int]:
+def _id_step(feature: Categorical | Numeric | Cross, rows: pl.LazyFrame, *, transform: Path) -> tuple[Json, int]:
     """The step of one id feature and the rows of its table."""
     name = str(feature.name)
     if isinstance(feature, Cross):
@@ -94,7 +94,7 @@ def _quantiles(feature: Numeric, rows: pl.LazyFrame) -> list[float]:
     return sorted(set(found))
 
 
-def _dense(feature: Numeric, rows: pl.LazyFrame) -> dict[str, Any]:
+def _dense(feature: Numeric, rows: pl.LazyFrame) -> Json:
     """Fill, clip, log1p, mean and deviation; the moments in two passes, since one loses large means."""
     raw = rows.select(x=pl.col(column_of(feature)).cast(pl.Float64))
     fill = feature.fill if feature.fill != "mean" else raw.select(pl.col("x").mean()).collect(engine="streaming").item()

@@ -17,6 +17,8 @@ from recsys.experiment import Embedding
 from recsys.network import Network, init_rows
 from recsys.parallel.world import World
 
+__all__ = ["DistributedModelParallel", "shard"]
+
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,

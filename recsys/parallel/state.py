@@ -5,25 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.optim import Optimizer
 from torchrec.distributed import DistributedModelParallel
 
 
 def save(folder: Path, model: DistributedModelParallel, *, optimizer: Optimizer) -> None:
     """Every rank writes its shards of weights and optimizer states into one folder."""
-    dcp.save(_state(model, optimizer), checkpoint_id=folder)
+    save_state(_state(model, optimizer), checkpoint_id=folder)
 
 
 def restore(folder: Path, model: DistributedModelParallel, *, optimizer: Optimizer) -> None:
     """Loads what `save` wrote into the model and the optimizers, in place, whatever the sharding was."""
-    dcp.load(_state(model, optimizer), checkpoint_id=folder)
+    load_state(_state(model, optimizer), checkpoint_id=folder)
 
 
 def restore_unsharded(folder: Path, network: nn.Module) -> None:
     """Loads the weights into a plain network of one process, without a process group."""
-    dcp.load({"model": network.state_dict()}, checkpoint_id=folder, no_dist=True)
+    load_state({"model": network.state_dict()}, checkpoint_id=folder, no_dist=True)
 
 
 def prime(optimizer: Optimizer) -> None:
@@ -50,4 +51,4 @@ def _state(model: DistributedModelParallel, optimizer: Optimizer) -> dict[str, A
 
 def restore_tables_and_head(folder: Path, model: DistributedModelParallel) -> None:
     """Loads the weights alone, into however many ranks there are."""
-    dcp.load({"model": model.state_dict()}, checkpoint_id=folder)
+    load_state({"model": model.state_dict()}, checkpoint_id=folder)

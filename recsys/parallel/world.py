@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -32,7 +33,7 @@ def open_world(device: str) -> Iterator[World]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), _own_device(device))
     finally:

@@ -73,6 +73,19 @@ class TritonPythonModel:
         time.sleep(600)
 """
 
+SLOW_TO_ANSWER = f"""
+import os, time
+{DOUBLE}
+    def initialize(self, args):
+        self._at_once = self.execute
+        self.execute = self._later
+
+    def _later(self, requests):
+        os.write(2, b"request arrived")
+        time.sleep(2)
+        return self._at_once(requests)
+"""
+
 LAUNCHER = """
 import sys, time
 from pathlib import Path
@@ -482,6 +495,17 @@ def test_two_servers_live_side_by_side_each_with_its_own_log_folder(options: Ser
             assert len({port for three in ports for port in three}) == 6
             assert doubled(other, 3) == 6
         assert doubled(one, 4) == 8
+
+
+@pytest.mark.triton
+def test_a_request_in_flight_is_answered_before_the_server_stops(tmp_path: Path) -> None:
+    options = model_options(tmp_path, SLOW_TO_ANSWER)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        with EmbeddedServer(options) as server:
+            endpoint = server.start()
+            answer = thread.submit(doubled, endpoint, 21)
+            until(lambda: "request arrived" in endpoint.log.read_text())
+        assert answer.result() == 42
 
 
 @pytest.mark.triton

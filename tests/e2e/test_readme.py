@@ -24,8 +24,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, *, folder: Path) -> str:
+    environment = os.environ | {"COLUMNS": "120"}
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "120"}
+        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -66,7 +66,7 @@ def etl(*arguments: str, spec: dict[str, Any] = SPEC) -> tuple[int, str]:
 
 def test_the_folder_says_what_the_rows_say(folder: Path) -> None:
     spec = FeatureSpec.model_validate(SPEC)
-    manifest = run(spec, Path("data"), silent)
+    manifest = run(spec, Path("data"), report=silent)
     raw = pl.read_csv("train.csv", comment_prefix="#", null_values=["?"], infer_schema=False).with_columns(
         pl.all().str.strip_chars()
     )
@@ -90,9 +90,9 @@ def test_the_folder_says_what_the_rows_say(folder: Path) -> None:
 
 def test_validation_and_test_rows_do_not_reach_the_state(folder: Path) -> None:
     spec = FeatureSpec.model_validate(SPEC)
-    run(spec, Path("a"), silent)
+    run(spec, Path("a"), report=silent)
     Path("test.csv").write_text(csv(100, seed=9).replace("Bern", "Chur"))
-    run(spec, Path("b"), silent)
+    run(spec, Path("b"), report=silent)
     for name in ("transform.json", "vocabulary/city.parquet", "vocabulary/user.parquet"):
         assert (Path("a/transform") / name).read_bytes() == (Path("b/transform") / name).read_bytes()
 
@@ -100,7 +100,7 @@ def test_validation_and_test_rows_do_not_reach_the_state(folder: Path) -> None:
 def test_the_split_depends_on_seed_and_position_alone(folder: Path) -> None:
     def users(out: str, **split: float) -> list[int]:
         spec = FeatureSpec.model_validate(SPEC | {"data": SPEC["data"] | {"split": split}})
-        run(spec, Path(out), silent)
+        run(spec, Path(out), report=silent)
         return pl.read_parquet(f"{out}/valid/*.parquet")["age"].to_list()
 
     assert users("a", seed=1) == users("b", seed=1)
@@ -108,15 +108,19 @@ def test_the_split_depends_on_seed_and_position_alone(folder: Path) -> None:
 
 
 def test_shards_hold_every_row_once(folder: Path) -> None:
-    run(FeatureSpec.model_validate(SPEC), Path("one"), silent)
-    run(FeatureSpec.model_validate(SPEC | {"etl": {"rows_per_shard": 70, "rows_per_group": 16}}), Path("many"), silent)
+    run(FeatureSpec.model_validate(SPEC), Path("one"), report=silent)
+    run(
+        FeatureSpec.model_validate(SPEC | {"etl": {"rows_per_shard": 70, "rows_per_group": 16}}),
+        Path("many"),
+        report=silent,
+    )
     assert len(list(Path("many/train").iterdir())) > 4
     assert pl.read_parquet("one/train/*.parquet").equals(pl.read_parquet("many/train/*.parquet"))
 
 
 def test_up_to_date_follows_spec_and_files(folder: Path) -> None:
     spec = FeatureSpec.model_validate(SPEC)
-    run(spec, Path("data"), silent)
+    run(spec, Path("data"), report=silent)
     assert up_to_date(spec, Path("data"))
     other = FeatureSpec.model_validate(SPEC | {"seed": 5})
     assert spec_hash(other) != spec_hash(spec) and not up_to_date(other, Path("data"))
