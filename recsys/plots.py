@@ -25,7 +25,7 @@ SQUARE = (420, 370)
 STYLE: dict[Any, Any] = {  # matplotlib 3.11 types the keys as literals, older ones as texts
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
-    "font.size": 11,
+    "font.size": 12,
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
@@ -40,8 +40,8 @@ STYLE: dict[Any, Any] = {  # matplotlib 3.11 types the keys as literals, older o
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "xtick.labelsize": 10.5,
-    "ytick.labelsize": 10.5,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
 }
@@ -141,6 +141,8 @@ def loss_plot(curves: Sequence[Curve], *, alt: str) -> str:
             _line(axes, steps, y=values, look=curve.look)
         if len(curves) == 1 and curves[0].best is not None:
             axes.axvline(curves[0].best, color=MUTED, linewidth=1, dashes=(2, 2))
+        _leave_out_the_start(axes, curves)
+        axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         return _svg(figure, name="loss", alt=alt)
 
@@ -155,11 +157,12 @@ def auc_plot(curves: Sequence[Curve], *, alt: str) -> str:
             _line(axes, curve.steps, y=curve.values, look=curve.look)
             if not many:
                 axes.plot(curve.steps, curve.values, ".", color=color, markersize=5)
-            for i in np.flatnonzero(curve.steps == curve.best):
+            for i in np.flatnonzero(curve.steps == (-1 if curve.best is None else curve.best)):
                 axes.plot(curve.steps[i], curve.values[i], "o", color=color, mfc="none", markersize=10, mew=1.8)
         if len(curves) == 1 and curves[0].best is not None:
             axes.axvline(curves[0].best, color=MUTED, linewidth=1, dashes=(2, 2))
         axes.margins(y=0.12)
+        axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         return _svg(figure, name="auc", alt=alt)
 
@@ -174,7 +177,7 @@ def roc_plot(scored: Sequence[Scores], *, alt: str) -> str:
                 false, true = roc_points(one.scores, one.labels)
                 # Evenly along the curve, so that a steep rise keeps its shape.
                 kept = np.unique(np.searchsorted(false + true, np.linspace(0, 2, POINTS)).clip(0, len(true) - 1))
-                _line(axes, false[kept], y=true[kept], look=one.look)
+                _line(axes, false[kept], y=true[kept], look=one.look).set_clip_on(False)
         _unit_square(axes, limit=1.0)
         return _svg(figure, name="roc", alt=alt)
 
@@ -210,6 +213,7 @@ def histogram_plot(one: Scores, *, name: str, alt: str) -> str:
                 axes.stairs(shares, edges, color=color, linewidth=1.5)
         axes.set_xlim(0, edges[-1])
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         return _svg(figure, name=name, alt=alt)
 
@@ -221,7 +225,7 @@ def _axes(size: tuple[int, int], *, x: str, y: str) -> tuple[Figure, Any]:
     axes.patch.set_visible(False)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, pad=6)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     return figure, axes
@@ -237,6 +241,15 @@ def _unit_square(axes: Any, *, limit: float) -> None:
     axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
+
+
+def _leave_out_the_start(axes: Any, curves: Sequence[Curve]) -> None:
+    """Lets the first tenth run off the top: it is so steep that it would flatten all that follows."""
+    later = np.concatenate([curve.values[curve.steps >= 0.1 * curve.steps[-1]] for curve in curves])
+    low, high = float(later.min()), float(later.max())
+    room = 0.12 * (high - low)
+    if room > 0:
+        axes.set_ylim(low - room, high + room)
 
 
 def _averaged(x: Floats, y: Floats) -> tuple[Floats, Floats]:

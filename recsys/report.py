@@ -54,7 +54,7 @@ def _head(run: Run, *, title: str) -> str:
 def _speed(run: Run) -> list[str]:
     """Rows, steps, seconds, rows per second and best step, as text."""
     result = run.result
-    best = "–" if result.best_step is None else f"{result.best_step:,}"
+    best = f"{result.best_step:,}" if result.best_step else "–"
     return [f"{result.rows:,}", f"{result.steps:,}", f"{result.seconds:,.1f}", f"{result.rows_per_second:,.0f}", best]
 
 
@@ -126,7 +126,7 @@ def _value(run: Run, name: str, *, split: str) -> str:
 def _training(runs: Sequence[Run]) -> str:
     losses, aucs = [], []
     for i, run in enumerate(runs):
-        best = run.result.best_step
+        best = run.result.best_step or None
         # Of several tasks the loss is the sum, so it has the colour of none.
         look = Look(i) if len(runs) > 1 or len(run.scores) == 1 else Look(7)
         if "loss" in run.series:
@@ -136,13 +136,9 @@ def _training(runs: Sequence[Run]) -> str:
             for task in run.schema.task_names
             if (logged := run.valid_auc(task)) is not None
         ]
-    marked = "; the dotted line is the best step" if len(runs) == 1 and runs[0].result.best_step is not None else ""
-    loss = (
-        f"It should fall and flatten{marked}. Still falling at the end: train longer. Jumps: lower the learning rate."
-    )
-    auc = (
-        "The ring is the step that was kept. A fall after it is overfitting; a rise up to the end asks for more steps."
-    )
+    line = "The dotted line is the best step. " if len(runs) == 1 and runs[0].result.best_step else ""
+    loss = f"{line}It should flatten; the steep start runs off the top. Still falling at the end: train longer."
+    auc = f"The ring is the best step{_best_auc(runs)}. A fall after it is overfitting; no fall: train longer."
     figures = [
         _figure("Training loss", plots.loss_plot(losses, alt=f"Training loss over steps. {loss}"), caption=loss)
         if losses
@@ -152,6 +148,16 @@ def _training(runs: Sequence[Run]) -> str:
         else _absent("Validation AUC", "metrics.jsonl holds no validation AUC."),
     ]
     return _section("Training", _key(runs), _grid(figures))
+
+
+def _best_auc(runs: Sequence[Run]) -> str:
+    """The value at the ring, where there is one."""
+    logged = runs[0].valid_auc(runs[0].schema.task_names[0])
+    if len(runs) > 1 or len(runs[0].scores) > 1 or logged is None:
+        return ""
+    return "".join(
+        f", {step:,.0f}, with {auc:.4f}" for step, auc in zip(*logged, strict=True) if step == runs[0].result.best_step
+    )
 
 
 def _predictions(runs: Sequence[Run]) -> str:
@@ -199,27 +205,26 @@ def _tables(runs: Sequence[Run]) -> str:
 
 
 def _sizes(sizes: Sequence[TableSize]) -> str:
-    """A bar shows MB, or rows where the width is unknown."""
-    weights = [size.rows if size.megabytes is None else size.megabytes for size in sizes]
-    top = max(weights, default=1.0)
+    top = max((size.megabytes for size in sizes), default=1.0)
     rows = []
-    for size, weight in list(zip(sizes, weights, strict=True))[:TABLES]:
-        width = "–" if size.width is None else f"{size.width}"
-        bar = f'<td class="bar"><i style="width:{100 * weight / top:.1f}%"></i></td>'
-        cells = f"<td>{size.rows:,}</td><td>{width}</td><td>{_megabytes([size])}</td>"
+    for size in sizes[:TABLES]:
+        bar = f'<td class="bar"><i style="width:{100 * size.megabytes / top:.1f}%"></i></td>'
+        cells = f"<td>{size.rows:,}</td><td>{size.width}</td><td>{_megabytes([size])}</td>"
         rows.append(f'<tr><th scope="row">{escape(size.name)}</th>{bar}{cells}</tr>')
-    for name, some in ((f"{len(sizes) - TABLES} smaller tables", sizes[TABLES:]), (f"all {len(sizes)} tables", sizes)):
-        if len(some) > 1 or (some and some is not sizes):
-            cells = f"<td></td><td>{sum(size.rows for size in some):,}</td><td></td><td>{_megabytes(some)}</td>"
-            rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    caption = "Where the memory goes: embedding weights, without first-order weights and optimizer state."
+    rest = sizes[TABLES:]
+    sums = [(f"{len(rest)} smaller ones", rest)] if rest else []
+    for name, some in [*sums, (f"all {len(sizes)} tables", sizes)]:
+        total = f"<td>{sum(size.rows for size in some):,}</td><td></td><td>{_megabytes(some)}</td>"
+        rows.append(f'<tr><th scope="row">{name}</th><td class="bar"></td>{total}</tr>')
+    caption = (
+        "Where the memory goes. Width: floats of a row, first-order weight included. Optimizer state is not counted."
+    )
     return _table(["table", "", "rows", "width", "MB"], rows, caption=caption)
 
 
 def _megabytes(sizes: Iterable[TableSize]) -> str:
-    known = [size.megabytes for size in sizes if size.megabytes is not None]
-    total = sum(known)
-    return "–" if not known else f"{total:,.1f}" if total >= 10 else f"{total:.3f}"
+    total = sum(size.megabytes for size in sizes)
+    return f"{total:,.1f}" if total >= 10 else f"{total:.3f}" if total >= 0.001 else "&lt; 0.001"
 
 
 def _settings(runs: Sequence[Run]) -> str:
@@ -276,8 +281,8 @@ def _details(summary: str, content: str) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[str], *, caption: str) -> str:
-    """Heads and rows are HTML."""
+    """Heads and rows are HTML, the caption is too, without tags."""
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     body = "\n".join(rows)
-    table = f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
+    table = f'<table aria-label="{caption}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<p class="note">{caption}</p><div class="scroll">{table}</div>'

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ValidationError
 from etl.artifact import read_json
 from etl.faults import Fault, Faults
 from etl.schema import Schema, read_schema
+from recsys.experiment import Embedding
+from recsys.models import AnyModel
+from recsys.network import Layout
 from recsys.plots import Floats, Look, Scores
 
 TRAIN = "train first: `python -m recsys train EXP.toml`"
@@ -23,34 +26,20 @@ PREDICTIONS = "predictions/test.parquet"
 FILES = {"experiment.json": TRAIN, "schema.json": TRAIN, "result.json": TRAIN, "metrics.jsonl": TRAIN} | {
     PREDICTIONS: EVALUATE
 }
-BYTES = {"fp32": 4, "fp16": 2}
 Record = TypeVar("Record", bound=BaseModel)
 Metrics = dict[str, float | str | None]
-
-
-class ModelFacts(BaseModel):
-    """The `model` section, as far as the page names it."""
-
-    kind: str
-
-
-class EmbeddingFacts(BaseModel):
-    """The `embedding` section, as far as the page names it."""
-
-    dim: int | None = None
-    precision: str = "fp32"
 
 
 class ExperimentFacts(BaseModel):
     """What the page says of the experiment; the rest is shown as it was written."""
 
     name: str
-    model: ModelFacts
-    embedding: EmbeddingFacts = EmbeddingFacts()
+    model: AnyModel
+    embedding: Embedding
 
 
 class Result(BaseModel):
-    """`result.json`. A metric that is null may have its reason beside it, under `<metric>_reason`."""
+    """`result.json`. A metric that is null may have its reason beside it, under `<metric>_reason`; step 0 is none."""
 
     valid: Metrics
     test: Metrics
@@ -63,12 +52,16 @@ class Result(BaseModel):
 
 @dataclass(frozen=True)
 class TableSize:
-    """An embedding table; `width` is None where the experiment does not say it."""
+    """An embedding table; `width` is the floats of one row, first-order weight and padding included."""
 
     name: str
     rows: int
-    width: int | None
-    megabytes: float | None
+    width: int
+
+    @property
+    def megabytes(self) -> float:
+        """Of the weights alone: the optimizer's state comes on top."""
+        return self.rows * self.width * 4 / 1e6
 
 
 @dataclass(frozen=True)
@@ -88,17 +81,10 @@ class Run:
         return self.series.get(f"valid/{task}/auc", self.series.get("valid/auc"))
 
     def table_sizes(self) -> list[TableSize]:
-        """The tables by falling size: weights alone, without first-order weights and optimizer state."""
-        linear = {table.name for table in self.schema.tables} - {
-            feature.table for feature in self.schema.features if not feature.linear_only
-        }
-        embedding = self.experiment.embedding
-        sizes = []
-        for table in self.schema.tables:
-            width = 1 if table.name in linear else embedding.dim
-            size = None if width is None else table.rows * width * BYTES.get(embedding.precision, 4) / 1e6
-            sizes.append(TableSize(table.name, table.rows, width, size))
-        return sorted(sizes, key=lambda size: (-(size.megabytes or 0), -size.rows, size.name))
+        """The tables that the model holds, by falling size."""
+        widths = Layout.of(self.schema, self.experiment.model, dim=self.experiment.embedding.dim).widths()
+        sizes = [TableSize(name, self.schema.rows(name), width) for name, width in widths.items()]
+        return sorted(sizes, key=lambda size: (-size.megabytes, size.name))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

@@ -157,7 +157,8 @@ def _restart(run: _Run, *, failure: str, stop: threading.Event) -> str | None:
     except Fault as fault:
         stop.wait(_PAUSE_AFTER_FAILURE_S)
         return str(fault)
-    _log.info("the server answers again after %.1f s", time.monotonic() - began)
+    if not stop.is_set():
+        _log.info("the server answers again after %.1f s", time.monotonic() - began)
     return None
 
 

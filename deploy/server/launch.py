@@ -5,12 +5,12 @@ import re
 import threading
 import time
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deploy.server.command import server_command, server_environment
 from deploy.server.endpoint import HOST, Endpoint, ServerOptions
 from deploy.server.folder import LogFolder
-from deploy.server.log import read_since, reasons
+from deploy.server.log import read_since, reasons, size_bytes
 from deploy.server.ports import Ports
 from deploy.server.probe import unready
 from deploy.server.process import ServerProcess
@@ -30,7 +30,7 @@ class Site:
     folder: LogFolder
     ports: Ports
     server_id: str
-    admin_key: str
+    admin_key: str = field(repr=False)
     parent: Executor
 
 
@@ -41,7 +41,7 @@ class PortLost(Fault):
 def launch(site: Site, stop: threading.Event) -> tuple[ServerProcess, Endpoint]:
     """Returns once the server answers, or `stop` is set. Raises Fault with the log's reasons, leaving nothing alive."""
     log = site.folder.log
-    offset = log.stat().st_size
+    offset = size_bytes(log)
     command = server_command(
         runtime=site.runtime,
         options=site.options,

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 _ERROR = re.compile(r'(?:E\d{4} [^]]*\] |\[libprotobuf ERROR [^]]*\] |error: )"?(?P<text>.*?)"?\s*')
-_TRITON = re.compile(r"[IWE]\d{4} |[+|]|Signal \(|\s*$")
+_TRITON = re.compile(r"[IWE]\d{4} |[+|]|Signal \(|error: |\s*$")
 _REPEATED = "ERROR: Failed to create instance: "  # said again, in full, by "failed to load"
 _HARMLESS = "CudaDriverHelper has not been initialized"
 _SUMMARY = "creating server: Internal - failed to load all models"
@@ -13,10 +13,15 @@ _TAIL_BYTES = 65536
 _LAST_LINES = 8
 
 
+def size_bytes(log: Path) -> int:
+    """0 where someone moved the log away: a restart begins a new one."""
+    return log.stat().st_size if log.exists() else 0
+
+
 def read_since(log: Path, offset: int) -> str:
     """The log's text after byte `offset`, its last 64 KiB at most."""
     with log.open("rb") as lines:
-        lines.seek(max(offset, log.stat().st_size - _TAIL_BYTES))
+        lines.seek(max(offset, size_bytes(log) - _TAIL_BYTES))
         return lines.read().decode(errors="replace")
 
 

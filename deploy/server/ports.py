@@ -51,11 +51,8 @@ def _bind_given(holders: dict[str, socket.socket], given: dict[str, int]) -> lis
 
 def _repeated(given: dict[str, int]) -> list[Fault]:
     ports = list(given.values())
-    return [
-        _fault(protocol, port, reason="given for two protocols")
-        for protocol, port in given.items()
-        if ports.count(port) > 1
-    ]
+    twice = [(protocol, port) for protocol, port in given.items() if ports.count(port) > 1]
+    return [_fault(protocol, port, reason="given for two protocols") for protocol, port in twice]
 
 
 def _fault(protocol: str, port: int, *, reason: str) -> Fault:

@@ -1,0 +1,98 @@
+"""One bad request never touches another, and no id reads a neighbour's row."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import etl.transform
+from deploy.ranker import Ranker, Request, Scored, out_of_range
+
+
+@pytest.fixture(scope="module")
+def ranker(exported: Path) -> Ranker:
+    return Ranker(exported, etl.transform)
+
+
+def request_of(rows: int, *, seed: int) -> Request:
+    generator = np.random.default_rng(seed)
+    keys = np.stack([etl.transform.text_keys(_texts("abcde", rows, generator)),
+                     etl.transform.text_keys(_texts(["Berlin", "Kraków"], rows, generator)),
+                     generator.integers(0, 30, rows)], axis=1)  # fmt: skip
+    return Request(keys, np.stack([generator.uniform(10, 90, rows), generator.uniform(0, 50, rows)], axis=1))
+
+
+def _texts(choices: str | list[str], rows: int, generator: np.random.Generator) -> object:
+    import pyarrow as pa
+
+    return pa.array([choices[at] for at in generator.integers(0, len(choices), rows)])
+
+
+def bad_number(value: float) -> Request:
+    request = request_of(2, seed=9)
+    request.numbers[1, 1] = value
+    return request
+
+
+BAD = {
+    "NaN": (bad_number(np.nan), "column 'price' holds nan at row 1"),
+    "infinity": (bad_number(np.inf), "column 'price' holds inf at row 1"),
+    "too large": (bad_number(1e300), "'price' leaves the range of float32 at row 1"),
+    "narrow": (Request(np.zeros((2, 2), np.int64), np.zeros((2, 2))), "wanted [B, 3] and [B, 2]"),
+    "uneven": (Request(np.zeros((2, 3), np.int64), np.zeros((1, 2))), "wanted [B, 3] and [B, 2]"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_neighbours_of_a_bad_request_score_as_if_alone(ranker: Ranker, kind: str, place: int) -> None:
+    bad, message = BAD[kind]
+    good = [request_of(3, seed=1), request_of(1, seed=2)]
+    alone = [ranker.score([request])[0] for request in good]
+    batch = [*good[:place], bad, *good[place:]]
+    results = ranker.score(batch)
+    assert message in str(results.pop(place))
+    for result, wanted in zip(results, alone, strict=True):
+        assert isinstance(result, Scored)
+        assert isinstance(wanted, Scored)
+        np.testing.assert_allclose(result.score, wanted.score, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(result.ids, wanted.ids)
+
+
+def test_a_batch_of_nothing_but_faults(ranker: Ranker) -> None:
+    assert all(isinstance(result, ValueError) for result in ranker.score([bad_number(np.nan)] * 3))
+
+
+@pytest.mark.parametrize("key", [-1, 2**62, etl.transform.MISSING_KEY])
+def test_a_key_of_no_row_reads_row_0(ranker: Ranker, key: int) -> None:
+    request = request_of(2, seed=4)
+    request.keys[0] = key
+    (result,) = ranker.score([request])
+    assert isinstance(result, Scored)
+    assert result.ids[0, :3].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("id_", "place"), [(-1, (1, 1)), (6, (1, 1)), (5, None), (0, None)])
+def test_the_range_of_an_id_is_its_own_table(id_: int, place: tuple[int, int] | None) -> None:
+    ids_BF = np.array([[3, 0], [0, id_]])
+    assert out_of_range(ids_BF, np.array([4, 6])) == place
+
+
+def test_an_id_beyond_its_table_is_a_fault_of_its_request(bundle: Path) -> None:
+    """A vocabulary and a schema that disagree; the merged matrix would answer with the next table's row."""
+    schema = json.loads((bundle / "schema.json").read_text())
+    for table in schema["tables"]:
+        table["rows"] = 2 if table["name"] == "item" else table["rows"]
+    (bundle / "schema.json").write_text(json.dumps(schema))
+    ranker = Ranker(bundle, etl.transform)
+    unseen, seen = request_of(1, seed=5), request_of(1, seed=6)
+    unseen.keys[0, 2], seen.keys[0, 2] = -1, 7
+    sound, fault = ranker.score([unseen, seen])
+    assert isinstance(sound, Scored)
+    assert "feature 'item' has id" in str(fault)
+    assert "its table has 2 rows" in str(fault)
+
+
+def test_weights_lie_in_the_mapped_file(ranker: Ranker, exported: Path) -> None:
+    assert str(exported / "weights.safetensors") in Path("/proc/self/maps").read_text()

@@ -1,0 +1,67 @@
+"""Bundle -> repository: the config says what the bundle says, and a changed bundle is not served."""
+
+import json
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from deploy.bundle import MODEL, read_bundle
+from deploy.repository import config_text, make_repository, model_config
+from etl.faults import Fault, Faults
+from etl.transform import Packer
+
+
+def test_the_config_says_what_the_bundle_says(bundle: Path, tmp_path: Path) -> None:
+    made = make_repository(bundle, tmp_path / "repository", instances=3)
+    text = (tmp_path / "repository" / MODEL / "config.pbtxt").read_text()
+    config = text_format.Parse(text, pb.ModelConfig())
+    assert config == model_config(made, bundle_hash=config.parameters["bundle"].string_value, instances=3)
+    assert [(each.name, each.data_type, list(each.dims)) for each in config.input] == [
+        ("keys", pb.TYPE_INT64, [3]),
+        ("numbers", pb.TYPE_FP64, [2]),
+    ]
+    assert [(each.name, list(each.dims)) for each in config.output] == [("score", [2]), ("ids", [5]), ("dense", [2])]
+    assert config.max_batch_size == 32
+    assert config.HasField("dynamic_batching")
+    assert not config.dynamic_batching.ListFields(), "a queue policy costs up to 500 ms a batch"
+    assert config.instance_group[0].count == 3
+    signature = json.loads(config.parameters["signature"].string_value)
+    assert Packer.from_signature(signature).keys == ("site", "city", "item")
+    assert (signature["tasks"], signature["max_rows"]) == (["click", "buy"], 32)
+
+
+def test_inputs_and_outputs_without_columns_are_left_out(bundle: Path) -> None:
+    made = read_bundle(bundle)
+    bare = made.model_copy(
+        update={"dense": (), "signature": made.signature.model_copy(update={"numbers": ()}), "tasks": ("a",)}
+    )
+    config = model_config(bare, bundle_hash="x", instances=1)
+    assert [each.name for each in config.input] == ["keys"]
+    assert [each.name for each in config.output] == ["score", "ids"]
+    assert text_format.Parse(config_text(config), pb.ModelConfig()) == config
+
+
+def test_every_changed_or_missing_file_is_named(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "model.py").write_text("import os")
+    (bundle / "weights.safetensors").unlink()
+    with pytest.raises(Faults) as caught:
+        make_repository(bundle, tmp_path / "repository")
+    assert {Path(fault.place).name for fault in caught.value.faults} == {"model.py", "weights.safetensors"}
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_folder_of_another_kind_is_left_alone(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "thesis.txt").write_text("mine")
+    with pytest.raises(Fault, match=r"repository\.json"):
+        make_repository(bundle, tmp_path / "repository")
+    assert (tmp_path / "repository" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 2}'])
+def test_a_broken_manifest_is_a_fault(bundle: Path, text: str) -> None:
+    (bundle / "bundle.json").write_text(text)
+    with pytest.raises(Fault, match=r"bundle\.json"):
+        read_bundle(bundle)

@@ -1,0 +1,135 @@
+"""Reading shards: the law that each row comes once, and what is refused."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from etl.faults import Fault
+from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
+from recsys.batch import Batch
+from recsys.data import Slice, Split, open_dataset
+from recsys.experiment import Experiment
+
+TOTAL = 3000
+SCHEMA = Schema(
+    features=(IdFeature(name="row", type="categorical", table="row", linear_only=False),),
+    dense=(DenseFeature(name="x"),),
+    tables=(Table(name="row", rows=TOTAL),),
+    tasks=(TaskColumn(name="click", positive_rate=0.5),),
+)
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """Rows that carry their number as id, in 4 files of more row groups than one shuffle window has."""
+    folder = tmp_path_factory.mktemp("numbered")
+    for at, rows in enumerate(np.array_split(np.arange(TOTAL), [100, 1700, 1701])):
+        table = pa.table({"row": rows, "x": rows.astype(np.float32), "click": (rows % 2).astype(np.float32)})
+        pq.write_table(table, folder / f"part-{at}.parquet", row_group_size=83)
+    return Split(folder, SCHEMA)
+
+
+def real_ids(batches: Iterable[Batch]) -> list[list[int]]:
+    """Each batch's ids without the padding."""
+    return [batch.ids_BF[batch.weights_B > 0, 0].tolist() for batch in batches]
+
+
+def by_step(split: Split, *, ranks: int, batch_size: int, epoch: int, start: int) -> list[list[int]]:
+    """Each step's ids over all ranks, in rank order."""
+    slices = [Slice(rank, ranks, batch_size) for rank in range(ranks)]
+    of_ranks = [real_ids(split.shuffled(mine, seed=5, epoch=epoch, start=start)) for mine in slices]
+    return [list(chain(*parts)) for parts in zip(*of_ranks, strict=True)]
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ranks=st.integers(1, 4), batch_size=st.integers(40, 900), epoch=st.integers(0, 3), data=st.data())
+def test_each_row_comes_once_and_a_resumed_epoch_takes_the_rest(
+    numbered: Split, ranks: int, batch_size: int, epoch: int, data: st.DataObject
+) -> None:
+    steps = by_step(numbered, ranks=ranks, batch_size=batch_size, epoch=epoch, start=0)
+    assert Counter(chain(*steps)) == Counter(range(TOTAL))
+    taken = data.draw(st.integers(0, len(steps) - 1))
+    start = sum(len(step) for step in steps[:taken])
+    assert by_step(numbered, ranks=ranks, batch_size=batch_size, epoch=epoch, start=start) == steps[taken:]
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ranks=st.integers(2, 4), batch_size=st.integers(40, 300))
+def test_the_rows_of_a_step_do_not_depend_on_the_ranks(numbered: Split, ranks: int, batch_size: int) -> None:
+    one = by_step(numbered, ranks=1, batch_size=ranks * batch_size, epoch=0, start=0)
+    assert by_step(numbered, ranks=ranks, batch_size=batch_size, epoch=0, start=0) == one
+
+
+def test_epochs_differ_in_order_and_evaluation_keeps_that_of_the_files(numbered: Split) -> None:
+    first, second = (by_step(numbered, ranks=1, batch_size=500, epoch=epoch, start=0) for epoch in (0, 1))
+    assert first != second
+    assert list(chain(*real_ids(numbered.in_file_order(Slice(0, 1, 500))))) == list(range(TOTAL))
+
+
+def test_ranks_have_equal_shapes_also_where_rows_run_out(numbered: Split) -> None:
+    for rank in range(4):
+        batches = list(numbered.in_file_order(Slice(rank, 4, 800)))
+        assert [batch.ids_BF.shape for batch in batches] == [(800, 1)]
+        assert [batch.global_rows for batch in batches] == [TOTAL]
+        assert batches[0].weights_B.sum() == (800 if rank < 3 else 600)
+        assert batches[0].ids_BF[batches[0].weights_B == 0].eq(0).all()
+
+
+def test_large_ids_stay_exact(tmp_path: Path) -> None:
+    big = 2**24 + 1
+    rows = pa.table({"row": [big, 0], "x": pa.array([0.0, 1.0], pa.float32()), "click": pa.array([0, 1], pa.float32())})
+    pq.write_table(rows, tmp_path / "part-0.parquet")
+    split = Split(tmp_path, SCHEMA.model_copy(update={"tables": (Table(name="row", rows=big + 1),)}))
+    (batch,) = split.in_file_order(Slice(0, 1, 2))
+    assert batch.ids_BF.dtype == torch.int64
+    assert batch.ids_BF[:, 0].tolist() == [big, 0]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("row", pa.array([0, TOTAL]), f"column 'row': got id {TOTAL}; wanted ids from 0 to {TOTAL - 1}"),
+        ("row", pa.array([0, -1]), "got id -1"),
+        ("row", pa.array([0.0, 1.0]), "column 'row' of double"),
+        ("click", pa.array([None, 1.0], pa.float32()), "column 'click' of float with 1 nulls"),
+        ("x", None, "no column x"),
+    ],
+)
+def test_a_broken_shard_is_named(tmp_path: Path, column: str, values: pa.Array | None, said: str) -> None:
+    columns = {
+        "row": pa.array([0, 1]),
+        "x": pa.array([0.0, 1.0], pa.float32()),
+        "click": pa.array([0, 1], pa.float32()),
+    }
+    columns = {name: array for name, array in (columns | {column: values}).items() if array is not None}
+    pq.write_table(pa.table(columns), tmp_path / "part-0.parquet")
+    with pytest.raises(Fault) as fault:
+        list(Split(tmp_path, SCHEMA).in_file_order(Slice(0, 1, 2)))
+    assert said in str(fault.value)
+    assert "part-0.parquet" in str(fault.value)
+
+
+def test_a_truncated_or_absent_shard_is_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match="no rows"):
+        Split(tmp_path, SCHEMA)
+    (tmp_path / "part-0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(Fault, match=r"part-0\.parquet"):
+        Split(tmp_path, SCHEMA)
+
+
+def test_stale_data_is_refused(dataset: Path, experiment: Callable[..., Experiment]) -> None:
+    open_dataset(dataset, experiment().data_hash())
+    open_dataset(dataset, experiment(train={"epochs": 9}).data_hash())
+    with pytest.raises(Fault, match="run 'python -m etl run' again"):
+        open_dataset(dataset, experiment(seed=4).data_hash())
+    with pytest.raises(Fault, match="no such file"):
+        open_dataset(dataset / "train", experiment().data_hash())

@@ -1,0 +1,40 @@
+"""Experiment files: every fault at once, with its dotted path; what is shipped loads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from etl.experiment_file import load, parse
+from etl.faults import Faults
+from recsys.experiment import Experiment
+
+SHIPPED = sorted((Path(__file__).parents[2] / "experiments").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_experiments_load(path: Path) -> None:
+    load(path, overrides=[], into=Experiment)
+
+
+def test_all_faults_come_at_once(experiment: Callable[..., Experiment]) -> None:
+    with pytest.raises(Faults) as faults:
+        experiment(
+            train={"batch_size": 0, "learning_rate": float("nan"), "epoch": 3},
+            embedding={"dim": 6},
+            model={"hidden": [8, 0], "keep_prob": 0.0},
+        )
+    places = {fault.place.removeprefix("known.toml: ") for fault in faults.value.faults}
+    model = {"model.wide_deep.hidden.1", "model.wide_deep.keep_prob"}
+    assert places == {"train.batch_size", "train.learning_rate", "train.epoch", "embedding.dim"} | model
+
+
+def test_an_unknown_model_is_answered_with_the_known_ones(experiment: Callable[..., Experiment]) -> None:
+    with pytest.raises(Faults, match="'deepfm', 'wide_deep', 'deep', 'wide'"):
+        experiment(model={"kind": "deep_fm"})
+
+
+def test_a_resolved_experiment_reads_back_equal(experiment: Callable[..., Experiment]) -> None:
+    there = experiment()
+    assert parse(json.loads(json.dumps(there.as_json())), place="experiment.json", into=Experiment) == there
