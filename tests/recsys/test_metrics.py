@@ -45,5 +45,5 @@ def test_one_class_gives_null_and_the_reason(label: float, undefined: set[str]) 
 
 def test_several_tasks_have_prefixed_keys() -> None:
     labels, logits = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([[-1.0, -1.0], [1.0, 1.0]])
-    found = task_metrics(["click", "buy"], labels, logits)
+    found = task_metrics(["click", "buy"], labels_RT=labels, logits_RT=logits)
     assert (found["click/auc"], found["buy/auc"]) == (1.0, 0.0)
