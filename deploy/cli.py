@@ -56,7 +56,7 @@ def serve(
             print(f"  gRPC {endpoint.grpc_port}, HTTP {endpoint.http_port}, metrics {endpoint.metrics_port}")
             print(f"  log {endpoint.log}", flush=True)
 
-        state = state or bundle.parent / "server.json"
+        state = state or bundle.resolve().parent / "server.json"
         run_server(bundle, state=state, grpc_port=grpc_port, http_port=http_port, instances=instances, ready=ready)
 
 

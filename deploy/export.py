@@ -71,11 +71,12 @@ def served_network(network: Network) -> ServedNetwork:
     names = [feature.table for feature in layout.features]
     full = names[: layout.vectors]
     vectors = {name: rows[name][:, : layout.dim] for name in full}
-    weights = {name: rows[name][:, layout.dim if name in full else 0][:, None] for name in names}
+    linear = names if layout.linear else []
+    weights = {name: rows[name][:, layout.dim if name in full else 0][:, None] for name in linear}
     return ServedNetwork(
         network.head,
         vectors=Lookup(layout.columns[: layout.vectors], names=full, tables=vectors) if full else None,
-        weights=Lookup(layout.columns, names=names, tables=weights) if layout.linear else None,
+        weights=Lookup(layout.columns, names=linear, tables=weights) if linear else None,
         dim=layout.dim,
     )
 

@@ -68,11 +68,12 @@ class _Code(nn.Module):
 
 
 def save_program(network: ServedNetwork, folder: Path, *, max_rows: int, features: int, dense: int) -> None:
-    """Writes `program.pt2`, for 1 to `max_rows` rows, and `weights.safetensors`: its names in order are the inputs."""
+    """Writes `program.pt2`, for 1 to `max_rows` rows, and `weights.safetensors`, whose sorted names are its inputs."""
     network.eval().requires_grad_(False)
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
     weights = {name: tensors[name].contiguous() for name in sorted(tensors)}
     save_file(weights, folder / "weights.safetensors")
+    (folder / "weights.safetensors").chmod(0o644)  # safetensors keeps it to this user; the server may be another
     program = export_code(network, weights, max_rows=max_rows, features=features, dense=dense)
     torch.export.save(program, folder / "program.pt2")
 

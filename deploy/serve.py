@@ -1,6 +1,7 @@
 """Serving a bundle in the foreground: repository, server, state file, and the way out."""
 
 import contextlib
+import fcntl
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from deploy.bundle import MODEL, ServeDefaults
 from deploy.repository import make_repository
 from deploy.server import EmbeddedServer, Endpoint, ServerOptions
 from etl.artifact import write_json
+from etl.faults import Fault
 
 
 def serve(
@@ -28,35 +30,60 @@ def serve(
     The repository and the server's logs lie beside the bundle, in `repository/` and `server/`.
 
     Raises:
-        Fault, Faults: a bundle that is none or was changed, a port in use, a model that does not load.
+        Fault, Faults: a bundle that is none or was changed, a port in use, a model that does not load, or another
+            server that serves from the same place.
     """
-    state.unlink(missing_ok=True)
-    repository = bundle_dir.parent / "repository"
-    defaults = make_repository(bundle_dir, repository, instances=instances).serve
-    options = server_options(defaults, repository=repository, grpc_port=grpc_port, http_port=http_port)
-    with stop_signals() as stop, EmbeddedServer(options) as server:
-        endpoint = server.start()
+    home = bundle_dir.resolve().parent
+    with _claimed(home), stop_signals() as stop:
+        state.unlink(missing_ok=True)
+        defaults = make_repository(bundle_dir, home / "repository", instances=instances).serve
+        options = server_options(defaults, home=home, grpc_port=grpc_port, http_port=http_port)
+        with EmbeddedServer(options) as server:
+            _supervise(server, stop, state=state, ready=ready)
+
+
+def _supervise(
+    server: EmbeddedServer, stop: threading.Event, *, state: Path, ready: Callable[[Endpoint], None]
+) -> None:
+    endpoint = server.start()
+    try:
         state.parent.mkdir(parents=True, exist_ok=True)
         write_json(state, asdict(endpoint) | {"log": str(endpoint.log)})
         ready(endpoint)
-        try:
-            server.supervise(stop)
-        finally:
-            state.unlink(missing_ok=True)
+        server.supervise(stop)
+    finally:
+        state.unlink(missing_ok=True)
 
 
 def server_options(
-    defaults: ServeDefaults, *, repository: Path, grpc_port: int | None, http_port: int | None
+    defaults: ServeDefaults, *, home: Path, grpc_port: int | None, http_port: int | None
 ) -> ServerOptions:
     """The bundle's own settings where the command line says nothing."""
     return ServerOptions(
-        repository=repository,
+        repository=home / "repository",
         model=MODEL,
-        log_dir=repository.parent / "server",
+        log_dir=home / "server",
         grpc_port=grpc_port or defaults.grpc_port,
         http_port=http_port or defaults.http_port,
         metrics_port=defaults.metrics_port,
     )
+
+
+@contextlib.contextmanager
+def _claimed(home: Path) -> Iterator[None]:
+    """Keeps a second server from replacing the repository and the state file of one that runs."""
+    try:
+        lock = (home / ".serve.lock").open("w")
+    except OSError as error:
+        wanted, remedy = "a folder with a bundle in it, writable", "check the path"
+        raise Fault(str(home), got=str(error), wanted=wanted, remedy=remedy) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            got, remedy = "a server runs from it", "stop that one, or copy the bundle into a folder of its own"
+            raise Fault(str(home), got=got, wanted="one server a folder", remedy=remedy) from None
+        yield
 
 
 @contextlib.contextmanager

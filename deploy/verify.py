@@ -3,23 +3,18 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deploy.bundle import Bundle, read_bundle
-from deploy.client import Client
+from deploy.client import Client, Rows
 from deploy.offline import offline_run, offline_scores
 from etl.artifact import read_json
-from etl.experiment_file import parse
 from etl.faults import Fault
 from etl.sources import read_raw_split, read_rows
-from recsys.experiment import Experiment
-
-Array = npt.NDArray[Any]
+from recsys.experiment import read_experiment
 
 
 @dataclass(frozen=True)
@@ -50,23 +45,31 @@ def verify(bundle_dir: Path, *, url: str, rows: Path | None) -> Iterator[Compari
         kept = pq.read_table(bundle_dir / "golden" / "scores.parquet")
         score_BT = np.stack([kept[task].to_numpy() for task in bundle.tasks], axis=1)
         ids_BF = np.array(kept["ids"].to_pylist(), np.int64)
-        yield _compare(
-            "golden requests", client, table=golden, score_BT=score_BT, ids_BF=ids_BF, tolerance=bundle.tolerance
-        )
+        served = client.score(golden, ids=True)
+        yield _compare("golden requests", served, score_BT=score_BT, ids_BF=ids_BF, tolerance=bundle.tolerance)
         network, transform = offline_run(_same_run(bundle))
-        raw = read_rows(rows, client.columns) if rows else _test_rows(bundle_dir)
-        offline = offline_scores(network, transform, table=raw)
         what = str(rows) if rows else "test split"
-        yield _compare(what, client, table=raw, score_BT=offline.score, ids_BF=offline.ids, tolerance=bundle.tolerance)
+        raw = read_rows(rows, client.columns) if rows else read_raw_split(read_experiment(bundle_dir), "test")
+        served = client.score(raw, ids=True)  # first: it reports rows that can't be packed
+        offline = offline_scores(network, transform, table=raw)
+        yield _compare(what, served, score_BT=offline.score, ids_BF=offline.ids, tolerance=bundle.tolerance)
 
 
 def _compare(
-    what: str, client: Client, *, table: pa.Table, score_BT: Array, ids_BF: Array, tolerance: float
+    what: str,
+    served: Rows,
+    *,
+    score_BT: npt.NDArray[np.float32],
+    ids_BF: npt.NDArray[np.int64],
+    tolerance: float,
 ) -> Comparison:
-    served = client.score(table, ids=True)
+    if served.ids is None or served.score.shape != score_BT.shape or served.ids.shape != ids_BF.shape:
+        got = f"scores of {list(served.score.shape)}, offline ones of {list(score_BT.shape)}"
+        remedy = "serve the bundle that is verified"
+        raise Fault(what, got=got, wanted="rows, and as many scores and ids of each as offline", remedy=remedy)
     difference_B = np.abs(served.score - score_BT).max(axis=1)
     equal_B = (difference_B <= tolerance) & np.all(served.ids == ids_BF, axis=1)
-    return Comparison(what, len(equal_B), int(equal_B.sum()), float(difference_B.max(initial=0.0)), tolerance)
+    return Comparison(what, len(equal_B), int(equal_B.sum()), float(difference_B.max()), tolerance)
 
 
 def _same_run(bundle: Bundle) -> Path:
@@ -76,9 +79,3 @@ def _same_run(bundle: Bundle) -> Path:
     if step != bundle.step:
         raise Fault(str(run), got=f"best step {step}", wanted=f"step {bundle.step} as exported", remedy=remedy)
     return run
-
-
-def _test_rows(bundle_dir: Path) -> pa.Table:
-    path = bundle_dir / "experiment.json"
-    raw = read_json(path, remedy="export the run again")
-    return read_raw_split(parse(raw, place=str(path), into=Experiment), "test")

@@ -1,5 +1,16 @@
 """`python -m recsys`."""
 
+import os
+import sys
+
 from recsys.cli import app
 
-app(prog_name="python -m recsys")
+try:
+    app(prog_name="python -m recsys")
+except SystemExit as end:
+    if "RANK" not in os.environ:
+        raise
+    # gloo's threads now and then abort a rank in its destructors, after all work is done: leave without them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))

@@ -108,10 +108,10 @@ class Trainer:
             self._log({})
 
     def evaluate_if_due(self) -> None:
-        """Each `eval_every_steps`, where set."""
-        every = self.settings.eval_every_steps
-        if every and self.progress.step % every == 0:
-            self._evaluate()
+        """Each `eval_every_steps`, where set; the end of an epoch evaluates by itself."""
+        every, ended = self.settings.eval_every_steps, self.progress.position >= self.splits["train"].rows
+        if every and self.progress.step % every == 0 and not ended and self._evaluate():
+            self._save(again=True)
 
     def save_if_due(self) -> None:
         """Each `checkpoint_every_steps`, where set."""
@@ -147,7 +147,8 @@ class Trainer:
         barrier()
         return result
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Logs the validation metrics; whether they are the best so far."""
         metrics, _ = self._scores("valid")
         better = improves(metrics, self.tasks, best=self.progress.best, rule=self.settings.early_stop)
         if better is None:
@@ -155,8 +156,7 @@ class Trainer:
         else:
             self._advance(best=better, best_step=self.progress.step, without_gain=0)
         self._log({f"valid/{name}": value for name, value in metrics.items()})
-        if better is not None:
-            self._save(again=True)
+        return better is not None
 
     def _scores(self, split: str) -> tuple[Metrics, Any]:
         rows, batch_size = self.splits[split], self.settings.batch_size

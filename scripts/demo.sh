@@ -28,6 +28,7 @@ run $python -m deploy export $out/run --out $out/bundle
 
 echo
 echo "\$ $python -m deploy serve $out/bundle --state $out/server.json &"
+rm -f $out/server.json    # of a server that was killed
 $python -m deploy serve $out/bundle --state $out/server.json &
 server=$!
 until [ -f $out/server.json ]; do
