@@ -70,7 +70,9 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> pa.Table:
             return pq.read_table(path)
         if path.suffix in (".jsonl", ".json"):
             schema = pa.schema([(name, _ARROW[dtype]) for name, dtype in columns.items()])
-            return pa_json.read_json(path, parse_options=pa_json.ParseOptions(explicit_schema=schema))
+            table = pa_json.read_json(path, parse_options=pa_json.ParseOptions(explicit_schema=schema))
+            named = pa_json.read_json(path).column_names  # a schema makes nulls of columns that no line names
+            return table.select([name for name in table.column_names if name in named])
     except FileNotFoundError:
         raise Fault(str(path), got="no such file", wanted=wanted, remedy="check the path") from None
     except (pa.ArrowInvalid, OSError) as error:

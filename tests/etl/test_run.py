@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from etl.cli import app
 from etl.run import run, spec_hash, up_to_date
+from etl.sources import read_rows
 from etl.spec import FeatureSpec
 
 SPEC: dict[str, Any] = {
@@ -187,3 +188,9 @@ def test_inspect(folder: Path) -> None:
     assert 0 <= user["unseen"]["test"] < 1 and user["psi"]["valid"] >= 0
     assert "age_bucket" in CliRunner().invoke(app, ["inspect", "data"]).output
     assert CliRunner().invoke(app, ["inspect", "nowhere"]).exit_code == 2
+
+
+def test_a_column_that_no_json_line_names_stays_absent(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 9223372036854775807, "z": 1}\n{"a": null}\n')
+    table = read_rows(tmp_path / "rows.jsonl", {"a": "int64", "b": "string"})
+    assert table.column_names == ["a", "z"] and table["a"].to_pylist() == [2**63 - 1, None]
