@@ -69,16 +69,13 @@ def score(
 ) -> None:
     """Score raw rows online."""
     with exit_on_fault():
-        import pyarrow.parquet as pq
-
         from deploy.client import Client
+        from etl.artifact import write_parquet
         from etl.sources import read_rows
 
         with Client(url) as client:
             table = client.score(read_rows(input_, client.columns)).table()
-        beside = output.with_name(f".{output.name}.partial")
-        pq.write_table(table, beside)
-        beside.replace(output)
+        write_parquet(output, table)
         print(f"{output}: {table.num_rows:,} rows")
 
 

@@ -7,9 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etl.faults import Fault
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Json = dict[str, Any]
 """A JSON object as it stands in a file; what reads it parses it into a record of its own."""
@@ -26,6 +29,11 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def seed_of(*parts: int | str) -> int:
+    """A generator's seed that depends on all parts."""
+    return int(digest(list(parts))[:15], 16)
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes beside, syncs, renames. Raises ValueError on NaN: JSON has none."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
@@ -38,6 +46,15 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def write_parquet(path: Path, table: "pa.Table") -> None:
+    """Writes beside, renames."""
+    import pyarrow.parquet as pq
+
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, beside)
     beside.replace(path)
 
 

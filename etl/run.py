@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl import sources
-from etl.artifact import Json, digest, new_folder, read_json, sha256, write_json
+from etl.artifact import Json, new_folder, read_json, sha256, write_json
 from etl.engines.polars import fit
 from etl.faults import Fault
 from etl.schema import DenseFeature, Schema, TaskColumn
@@ -18,11 +18,6 @@ from etl.transform import Transform, mix
 
 SPLITS = ("train", "valid", "test")
 Report = Callable[[str, int], None]
-
-
-def spec_hash(spec: FeatureSpec) -> str:
-    """What a dataset folder was made from: the sections of the experiment that the ETL reads."""
-    return digest(spec.model_dump(mode="json", by_alias=True, include=set(FeatureSpec.model_fields)))
 
 
 def run(spec: FeatureSpec, out: Path, *, report: Report) -> Json:
@@ -50,7 +45,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report) -> Json:
             (raw / f"{split}.parquet").unlink()
             stats[split]["label_rate"] = label_rates[split]
         raw.rmdir()
-        manifest = {"hash": spec_hash(spec), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
+        manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
         manifest["files"] = _files(folder)
         write_json(folder / "manifest.json", manifest)
     return manifest
@@ -62,7 +57,7 @@ def up_to_date(spec: FeatureSpec, out: Path) -> bool:
     if not manifest.is_file():
         return False
     made = read_json(manifest, remedy="delete the folder and run the ETL again")
-    return bool(made["hash"] == spec_hash(spec) and made["raw"] == _raw_files(spec))
+    return bool(made["hash"] == spec.data_hash() and made["raw"] == _raw_files(spec))
 
 
 def _raw_files(spec: FeatureSpec) -> dict[str, list[int]]:

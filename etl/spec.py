@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from etl.artifact import digest
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
 DType = Literal["string", "int64", "float64"]
 
@@ -150,6 +152,10 @@ class FeatureSpec(Section):
                 )
         self.raw_columns()
         return self
+
+    def data_hash(self) -> str:
+        """What a dataset folder is made from: the hash of the sections that the ETL reads."""
+        return digest(self.model_dump(mode="json", by_alias=True, include=set(FeatureSpec.model_fields)))
 
     def raw_columns(self) -> dict[str, DType]:
         """Raw feature columns with the type in which they are read, in the order of first use."""

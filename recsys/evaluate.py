@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from etl.artifact import write_parquet
 from etl.schema import read_schema
 from recsys.checkpoint import best
 from recsys.data import Slice, Split
@@ -52,9 +52,7 @@ def write_predictions(run: Path, split: str, *, table: pa.Table) -> None:
     """`predictions/<split>.parquet` of a run, whole or not at all."""
     folder = run / "predictions"
     folder.mkdir(exist_ok=True)
-    beside = folder / f".{split}.parquet"
-    pq.write_table(table, beside)
-    beside.replace(folder / f"{split}.parquet")
+    write_parquet(folder / f"{split}.parquet", table)
 
 
 def evaluate(run: Path, *, data: Path | None, split: str) -> Metrics | None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from etl.artifact import digest, read_json
+from etl.artifact import read_json
 from etl.experiment_file import parse
 from etl.spec import FeatureSpec, Name, Section
 from recsys.models import AnyModel
@@ -73,10 +73,6 @@ class Experiment(FeatureSpec):
     embedding: Embedding = Field(default_factory=Embedding)
     export: Export = Field(default_factory=Export)
     serve: Serve = Field(default_factory=Serve)
-
-    def data_hash(self) -> str:
-        """The `hash` in the manifest of the dataset folder that this experiment's ETL sections make."""
-        return digest(self.model_dump(mode="json", by_alias=True, include=set(FeatureSpec.model_fields)))
 
     def as_json(self) -> Any:
         """Every setting resolved, as JSON values; `read_experiment` reads them back."""

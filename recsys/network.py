@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 
-from etl.artifact import digest
+from etl.artifact import seed_of
 from etl.schema import IdFeature, Schema
 from recsys.experiment import Experiment
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
@@ -121,7 +121,7 @@ def init_rows(rows: Tensor, *, table: str, first_row: int, vector: int, std: flo
     end_row = first_row + rows.shape[0]
     for chunk in range(first_row // _CHUNK_ROWS, -(-end_row // _CHUNK_ROWS)):
         start = chunk * _CHUNK_ROWS
-        chunk_seed = int(digest([seed, table, chunk])[:15], 16)
+        chunk_seed = seed_of(seed, table, chunk)
         drawn = torch.randn(_CHUNK_ROWS, vector, generator=torch.Generator().manual_seed(chunk_seed)) * std
         low, high = max(start, first_row), min(start + _CHUNK_ROWS, end_row)
         rows[low - first_row : high - first_row, :vector] = drawn[low - start : high - start].to(rows.device)

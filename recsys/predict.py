@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
+from etl.artifact import write_parquet
 from etl.faults import Fault
 from etl.schema import Schema, read_schema
 from etl.sources import read_rows
@@ -47,8 +47,6 @@ def predict(run: Path, *, rows: Path, output: Path) -> int:
         ids, dense = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.dense)
         parts = [network(ids[at : at + _ROWS], dense[at : at + _ROWS]) for at in range(0, len(ids), _ROWS)]
     probability_RT = torch.cat(parts).sigmoid().numpy() if parts else ids.new_empty((0, len(schema.tasks))).numpy()
-    beside = output.with_name(f".{output.name}.partial")
     columns = {task: pa.array(probability_RT[:, at], pa.float32()) for at, task in enumerate(schema.task_names)}
-    pq.write_table(pa.table(columns), beside)
-    beside.replace(output)
+    write_parquet(output, pa.table(columns))
     return len(ids)

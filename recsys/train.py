@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from etl.artifact import Json, digest, read_json, write_json
+from etl.artifact import Json, read_json, seed_of, write_json
 from etl.schema import Schema
 from recsys.batch import Batch
 from recsys.checkpoint import Progress, best, latest, save_checkpoint
@@ -91,7 +91,7 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """One update of tables (inside the backward pass) and dense weights."""
         p = self.progress
-        torch.manual_seed(int(digest([p.seed, p.step, self.world.rank])[:15], 16))
+        torch.manual_seed(seed_of(p.seed, p.step, self.world.rank))
         loss = mean_loss(self.model, batch.to(self.world.device), world=self.world, precision=self.settings.precision)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from etl.cli import app
-from etl.run import run, spec_hash, up_to_date
+from etl.run import run, up_to_date
 from etl.sources import read_rows
 from etl.spec import FeatureSpec
 
@@ -124,7 +124,7 @@ def test_up_to_date_follows_spec_and_files(folder: Path) -> None:
     run(spec, Path("data"), report=silent)
     assert up_to_date(spec, Path("data"))
     other = FeatureSpec.model_validate(SPEC | {"seed": 5})
-    assert spec_hash(other) != spec_hash(spec) and not up_to_date(other, Path("data"))
+    assert other.data_hash() != spec.data_hash() and not up_to_date(other, Path("data"))
     Path("train.csv").write_text(csv(400, seed=3))
     assert not up_to_date(spec, Path("data"))
 

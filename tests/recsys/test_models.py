@@ -18,7 +18,7 @@ from recsys.models.head import Inputs, Sizes
 from recsys.models.wide_deep import WideDeep, WideDeepConfig
 from recsys.network import Layout, Network, build_network, init_rows
 
-GOLDEN = Path("/work/shared/golden")
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"needs the golden vectors in {GOLDEN}")
 
 
