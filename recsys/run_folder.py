@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from etl.artifact import Json, write_json, write_text
 from etl.faults import Fault
@@ -33,10 +34,16 @@ def open_run(run: Path, experiment: Experiment, *, schema: Schema, data: Path) -
 
 
 def _differences(a: Experiment, b: Experiment) -> list[str]:
-    x, y = a.as_json(), b.as_json()
-    return [f"{key}.{name}" if isinstance(x[key], dict) else key
-            for key in x for name in (x[key] if isinstance(x[key], dict) else [key])
-            if (x[key].get(name) != y[key].get(name) if isinstance(x[key], dict) else x[key] != y[key])]  # fmt: skip
+    """Dotted names of the settings that differ, lists as a whole."""
+    x, y = _flat(a.as_json()), _flat(b.as_json())
+    return sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
+
+
+def _flat(value: Any, name: str = "") -> Json:
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = [_flat(part, f"{name}.{key}" if name else key) for key, part in value.items()]
+    return {key: part for flat in parts for key, part in flat.items()}
 
 
 class MetricsFile:

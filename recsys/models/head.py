@@ -1,5 +1,6 @@
 """What every model is: a config section that builds a head, and a head that turns inputs into logits."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
@@ -42,12 +43,12 @@ class Inputs(NamedTuple):
         return torch.cat([self.emb_BFK.flatten(1), self.dense_BN], dim=1)
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """Plain single-device torch; subclasses define `forward(inputs) -> logits_BT`."""
 
+    @abstractmethod
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits [B, T]; the sigmoid and the loss sit outside."""
-        raise NotImplementedError
 
 
 class ModelConfig(Section):
@@ -57,6 +58,6 @@ class ModelConfig(Section):
     vectors: ClassVar[bool] = True
     linear: ClassVar[bool] = True
 
+    @abstractmethod
     def build(self, sizes: Sizes) -> Head:
         """The head, its weights not yet initialised."""
-        raise NotImplementedError

@@ -1,14 +1,23 @@
 """Training as processes: killed and continued, alone and on two ranks, twice with one seed."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+
+from etl.experiment_file import load
+from etl.sources import read_raw_split
+from recsys.experiment import Experiment
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = str(ROOT / "experiments" / "demo.toml")
@@ -53,6 +62,20 @@ def test_two_ranks_learn_what_one_learns(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.dist
+def test_rows_of_a_table_on_two_ranks_learn_what_one_rank_learns(data: Path, tmp_path: Path) -> None:
+    """The checkpoint of rows cut over two ranks is also read by one, which goes on to the same figures."""
+    cut = ("embedding.sharding=row_wise", "train.epochs=1")
+    whole = finish(data, tmp_path / "whole", "train.batch_size=512", *cut)
+    two = finish(data, tmp_path / "two", "train.batch_size=256", *cut, ranks=2)
+    assert first_loss(tmp_path / "whole") == pytest.approx(first_loss(tmp_path / "two"), abs=1e-6)
+    assert two["test"]["auc"] == pytest.approx(whole["test"]["auc"], abs=1e-4)
+    line = [sys.executable, "-m", "recsys", "evaluate", str(tmp_path / "two"), "--data", str(data), "--json"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["auc"] == pytest.approx(two["test"]["auc"], abs=1e-6)
+
+
+@pytest.mark.slow
 def test_one_seed_gives_one_result_also_after_a_kill(data: Path, tmp_path: Path) -> None:
     saving = ("train.checkpoint_every_steps=10", "model.keep_prob=0.8")
     whole = finish(data, tmp_path / "whole", *saving)
@@ -67,6 +90,38 @@ def test_one_seed_gives_one_result_also_after_a_kill(data: Path, tmp_path: Path)
     assert (again["valid"], again["test"], again["steps"]) == (whole["valid"], whole["test"], whole["steps"])
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+@pytest.mark.slow
+def test_raw_rows_are_predicted_as_the_test_split_was(data: Path, tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "scores.parquet"
+    finish(data, run, "train.epochs=1")
+    spec = load(ROOT / "experiments" / "demo.toml", overrides=[], into=Experiment)
+    wanted = pq.read_table(run / "predictions" / "test.parquet").slice(0, 500)
+    raw = read_raw_split(spec, "test").slice(0, 500)
+    pq.write_table(raw, tmp_path / "rows.parquet")
+    line = [sys.executable, "-m", "recsys", "predict", str(run), "--input", str(tmp_path / "rows.parquet")]
+    done = subprocess.run([*line, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    got = pq.read_table(output)["over_50k"].to_numpy()
+    np.testing.assert_allclose(got, wanted["over_50k"].to_numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_terminal_shows_where_training_stands(data: Path, tmp_path: Path) -> None:
+    """Step, loss, AUC, rows/s and time left, on a pseudo-terminal."""
+    leader, follower = pty.openpty()
+    line = command(data, tmp_path / "run", "train.epochs=2", "train.log_every_steps=5")
+    wide = os.environ | {"COLUMNS": "140", "TERM": "xterm"}
+    process = subprocess.Popen(line, cwd=ROOT, stderr=follower, stdout=subprocess.DEVNULL, env=wide)
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a pseudo-terminal that nobody writes to with an error
+        while part := os.read(leader, 4096):
+            shown += part
+    os.close(leader)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"step \d+, loss 0\.\d{4}, [\d,]+ rows/s, auc 0\.9\d{3} \d:\d\d:\d\d", text), text[-2000:]
 
 
 def test_a_run_folder_of_another_experiment_is_refused(data: Path, tmp_path: Path) -> None:
