@@ -1,6 +1,7 @@
 """The schema: what a dataset folder holds. Written once by the ETL, copied and compared by all later stages."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +16,22 @@ class _Record(BaseModel):
 
 
 class IdFeature(_Record):
-    """One int64 column of the shards: a row of `table`, 0 = missing or unseen."""
+    """Ids of one feature: rows of `table`, 0 = missing or unseen.
+
+    A feature with one slot is an int64 column of the shards; one with several (a bag, a sequence) a list<int64> column
+    of at most `slots` ids, oldest first, in memory padded with -1. `weighted` features have a float32 column (or list)
+    `<name>:value` beside it, which multiplies the rows. `combiner` says how a row's several vectors become one; `mean`
+    divides by the sum of the values.
+    """
 
     name: str
-    type: Literal["categorical", "buckets", "cross"]
+    type: Literal["categorical", "buckets", "cross", "field", "bag", "sequence"]
     table: str
     linear_only: bool
-    dtype: Literal["int64"] = "int64"
+    slots: int = 1
+    weighted: bool = False
+    combiner: Literal["sum", "mean"] = "sum"
+    dtype: Literal["int64", "list<int64>"] = "int64"
 
 
 class DenseFeature(_Record):
@@ -73,6 +83,17 @@ class Schema(_Record):
     def task_names(self) -> list[str]:
         """Label columns; predictions come in this order."""
         return [task.name for task in self.tasks]
+
+    @property
+    def slot_ends(self) -> list[int]:
+        """For each id feature the end of its columns in `ids_BS`, which start where the one before ends."""
+        return list(accumulate(feature.slots for feature in self.features))
+
+    @property
+    def float_names(self) -> list[str]:
+        """Columns of `floats_BN`: the dense inputs, then the values of each weighted feature's slots."""
+        weighted = [feature for feature in self.features if feature.weighted]
+        return self.dense_names + [f"{f.name}:value" for f in weighted for _ in range(f.slots)]
 
     def write(self, folder: Path) -> None:
         """Writes `schema.json` into an artifact's folder."""

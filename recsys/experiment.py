@@ -9,6 +9,8 @@ from etl.artifact import read_json
 from etl.experiment_file import parse
 from etl.spec import FeatureSpec, Name, Section
 from recsys.models import AnyModel
+from recsys.optim import Name as OptimizerName
+from recsys.optim import OptimizerSettings
 
 
 class EarlyStop(Section):
@@ -18,33 +20,60 @@ class EarlyStop(Section):
     patience: int = Field(2, ge=1, description="evaluations in a row without a new best")
 
 
-class Train(Section):
-    """How the model learns. `optimizer` and what follows it concern the dense part; tables have `[embedding]`."""
+class Plateau(Section):
+    """Multiplies the learning rates by `factor` after `patience` evaluations without a better figure."""
 
+    factor: float = Field(0.1, gt=0, lt=1)
+    patience: int = Field(1, ge=1)
+    times: int = Field(2, ge=1, description="at most this often")
+
+
+class Train(OptimizerSettings):
+    """How the model learns. The optimizer and its constants concern the dense part; tables have `[embedding]`."""
+
+    optimizer: Literal["adam", "adagrad", "sgd", "momentum", "ftrl"] = "adam"
     batch_size: int = Field(512, ge=1, description="rows of one step on one rank")
     epochs: int = Field(10, ge=1, description="passes over the training rows, unless stopped early")
-    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
-    learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="decoupled: weights shrink by learning_rate x this each step")
+    layer_l2: float | list[float] = Field(
+        0.0,
+        description="half of this times each linear layer's squared weights joins the loss; one number, or one a layer",
+    )
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of the dense part")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the dense part, tables stay fp32")
     device: Literal["cpu", "cuda"] = "cpu"
     early_stop: EarlyStop = Field(default_factory=EarlyStop)
+    plateau: Plateau | None = Field(None, description="lower the learning rates where validation stops gaining")
     eval_every_steps: int | None = Field(None, ge=1, description="evaluate also between the ends of epochs")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="save also between evaluations")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, the best one always is")
     log_every_steps: int = Field(50, ge=1)
 
 
-class Embedding(Section):
-    """The tables: their size, their start, their optimizer (fused into the backward pass) and their sharding."""
+class Embedding(OptimizerSettings):
+    """The tables: their size, their start, their optimizer (in the backward pass) and their sharding."""
 
+    optimizer: OptimizerName = "rowwise_adagrad"
+    learning_rate: float = Field(0.02, gt=0)
     dim: int = Field(16, ge=4, multiple_of=4, description="embedding size; FBGEMM moves four floats at once")
     init_std: float = Field(0.01, ge=0, description="vectors start normal around 0; first-order weights at 0")
-    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    learning_rate: float = Field(0.02, gt=0)
-    eps: float = Field(1e-8, gt=0, description="added to Adagrad's root of summed squares")
+    linear: OptimizerSettings | None = Field(None, description="optimizer of the first-order weights, where another")
+    update: Literal["touched", "all"] = Field(
+        "touched", description="all: each step moves every row, as dense optimizers do; for small tables"
+    )
+    l2: float = Field(0.0, ge=0, description="half of this times the squared vectors joins the loss, by l2_scope")
+    linear_l2: float | None = Field(None, ge=0, description="the same for first-order weights; unset: as l2")
+    l2_scope: Literal["batch", "table", "activations"] = Field(
+        "batch",
+        description="batch: rows that the step touched, once each; table: every row, each step; activations: pooled "
+        "vectors of each row of the batch, summed, as in the code of FM, FNN and PNN",
+    )
     sharding: Literal["auto", "table_wise", "row_wise"] = Field("auto", description="auto: the planner chooses a table")
+
+    @property
+    def first_order_l2(self) -> float:
+        """`linear_l2`, or what stands for it."""
+        return self.l2 if self.linear_l2 is None else self.linear_l2
 
 
 class Export(Section):

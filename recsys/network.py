@@ -1,87 +1,65 @@
-"""The network: embedding tables and a head, single-device; `recsys/parallel` shards it from outside.
+"""The network: embedding tables and a head, single-device; `recsys/parallel` shards it from outside."""
 
-All of a feature sits in one table row: [vector K | first-order weight | 3 unused zeros], so that one memory access
-reads both and the width stays divisible by 4, as FBGEMM needs. A row without vector is [weight | 3 zeros], one without
-first-order weight is the vector.
-"""
-
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 
 from etl.artifact import seed_of
-from etl.schema import IdFeature, Schema
-from recsys.experiment import Experiment
-from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import init_linear
+from etl.schema import Schema
+from recsys.experiment import Embedding, Experiment
+from recsys.layout import LANE, Layout
+from recsys.models.head import Head, Inputs
+from recsys.models.layers import init_head
 
-_LANE = 4
 _CHUNK_ROWS = 65_536
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which id features a model reads, in the order in which their rows stand side by side: those with a vector first.
+class Scored(NamedTuple):
+    """Logits [B, T], and for each row what regularising its activations adds to the loss [B]."""
 
-    `columns` holds each one's place in the schema, `vectors` how many of them have a vector, `dim` is K.
-    """
-
-    features: tuple[IdFeature, ...]
-    columns: tuple[int, ...]
-    vectors: int
-    dim: int
-    linear: bool
-
-    @classmethod
-    def of(cls, schema: Schema, config: ModelConfig, *, dim: int) -> "Layout":
-        """A model without vectors reads all features as `linear_only`; one without first-order weights skips those."""
-        places = range(len(schema.features))
-        full = [at for at in places if config.vectors and not schema.features[at].linear_only]
-        weights = [at for at in places if config.linear and at not in full]
-        columns = (*full, *weights)
-        return cls(tuple(schema.features[at] for at in columns), columns, len(full), dim, config.linear)
-
-    @property
-    def width(self) -> int:
-        """Floats of a row with a vector; other rows have 4."""
-        return self.dim + (_LANE if self.linear else 0)
-
-    def widths(self) -> dict[str, int]:
-        """Floats of one row of each table."""
-        return {f.table: self.width if at < self.vectors else _LANE for at, f in enumerate(self.features)}
-
-    def inputs(self, pooled_BD: Tensor, dense_BN: Tensor) -> Inputs:
-        """Rows side by side in this layout's order, cut into what a head reads; no copies but of the weights."""
-        size, end = pooled_BD.shape[0], self.vectors * self.width
-        full_BFD = pooled_BD[:, :end].view(size, self.vectors, self.width)
-        emb_BFK, linear_BL = full_BFD[:, :, : self.dim], pooled_BD[:, end::_LANE]
-        if self.linear and self.vectors:
-            linear_BL = torch.cat([full_BFD[:, :, self.dim], linear_BL], dim=1)
-        return Inputs(emb_BFK, linear_BL, dense_BN)
+    logits_BT: Tensor
+    penalty_B: Tensor
 
 
 class Network(nn.Module):
-    """Tables and head. `forward(ids_BF, dense_BN) -> logits_BT`, ids in the schema's order."""
+    """Tables and head. `forward(ids_BS, floats_BN)` takes both in the schema's order."""
 
     columns: Tensor
 
-    def __init__(self, layout: Layout, *, tables: EmbeddingBagCollection, head: Head) -> None:
+    def __init__(self, layout: Layout, *, tables: EmbeddingBagCollection, head: Head, embedding: Embedding) -> None:
         super().__init__()
         self.layout, self.tables, self.head = layout, tables, head
-        self._names = [feature.name for feature in layout.features]
+        self._names = [name for name, _ in layout.slots]
+        self._every_slot_filled = all(run.plain for run in layout.runs)
+        self._l2 = (embedding.l2, embedding.first_order_l2) if embedding.l2_scope == "activations" else (0.0, 0.0)
         self.register_buffer("columns", torch.tensor(layout.columns, dtype=torch.int64), persistent=False)
 
-    def forward(self, ids_BF: Tensor, dense_BN: Tensor) -> Tensor:
-        pooled = self.tables(self.lookups(ids_BF))
-        logits_BT: Tensor = self.head(self.layout.inputs(self._in_order(pooled), dense_BN))
-        return logits_BT
+    def forward(self, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
+        inputs = self.inputs(ids_BS, floats_BN)
+        l2, linear_l2 = self._l2
+        if l2 or linear_l2:
+            penalty_B = self.head.activation_penalty_B(inputs, l2=l2, linear_l2=linear_l2)
+        else:
+            penalty_B = floats_BN.new_zeros(len(floats_BN))
+        return Scored(self.head(inputs), penalty_B)
 
-    def lookups(self, ids_BF: Tensor) -> KeyedJaggedTensor:
-        """One id a feature and row, feature after feature."""
-        values = ids_BF.index_select(1, self.columns).t().reshape(-1)
-        return KeyedJaggedTensor(self._names, values, lengths=torch.ones_like(values, dtype=torch.int32))
+    def inputs(self, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
+        """What the head reads."""
+        rows_BD = self._in_order(self.tables(self.lookups(ids_BS)))
+        layout, end = self.layout, self.layout.vectors * self.layout.width
+        rows_BSW = rows_BD[:, :end].view(len(ids_BS), layout.vectors, layout.width)
+        return layout.inputs(rows_BSW, rows_BD[:, end::LANE], ids_BS=ids_BS, floats_BN=floats_BN)
+
+    def lookups(self, ids_BS: Tensor) -> KeyedJaggedTensor:
+        """One id or none for each slot and row, slot after slot: bags are pooled outside of the tables."""
+        ids_SB = ids_BS.index_select(1, self.columns).t()
+        if self._every_slot_filled:
+            values = ids_SB.reshape(-1)
+            return KeyedJaggedTensor(self._names, values, lengths=torch.ones_like(values, dtype=torch.int32))
+        filled_SB = ids_SB >= 0
+        return KeyedJaggedTensor(self._names, ids_SB[filled_SB], lengths=filled_SB.reshape(-1).to(torch.int32))
 
     def _in_order(self, pooled: KeyedTensor) -> Tensor:
         """A sharded lookup answers in the order of its plan."""
@@ -95,21 +73,20 @@ class Network(nn.Module):
 def build_network(experiment: Experiment, schema: Schema, *, table_device: str) -> Network:
     """The network with its head initialised from the seed; rows of tables on "meta" are to be filled by `init_rows`."""
     layout = Layout.of(schema, experiment.model, dim=experiment.embedding.dim)
-    sizes = Sizes(layout.vectors, layout.dim, len(schema.dense), len(schema.tasks))
-    head = experiment.model.build(sizes)
-    init_linear(head, torch.Generator().manual_seed(experiment.seed))
+    head = experiment.model.build(layout.sizes)
+    init_head(head, torch.Generator().manual_seed(experiment.seed))
     tables = [
         EmbeddingBagConfig(
             name=name,
             num_embeddings=schema.rows(name),
             embedding_dim=width,
-            feature_names=[feature.name for feature in layout.features if feature.table == name],
+            feature_names=[slot for slot, table in layout.slots if table == name],
             pooling=PoolingType.SUM,
         )
         for name, width in layout.widths().items()
     ]
     collection = EmbeddingBagCollection(tables=tables, device=torch.device(table_device))
-    return Network(layout, tables=collection, head=head)
+    return Network(layout, tables=collection, head=head, embedding=experiment.embedding)
 
 
 def init_rows(rows: Tensor, *, table: str, first_row: int, vector: int, std: float, seed: int) -> None:

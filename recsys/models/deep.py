@@ -2,21 +2,18 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from recsys.models.head import Head, Inputs, KeepProb, ModelConfig, Sizes, Widths
-from recsys.models.layers import MLP
+from recsys.models.head import Head, Inputs, ModelConfig, Sizes
+from recsys.models.layers import MLP, Tower
 
 
-class DeepConfig(ModelConfig):
+class DeepConfig(Tower, ModelConfig):
     """An MLP on vectors and dense inputs; features with `linear_only` are not read."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1606.07792"
     linear: ClassVar[bool] = False
     kind: Literal["deep"] = "deep"
-    hidden: Widths = Field([256, 128, 64])
-    keep_prob: KeepProb = 0.8
 
     def build(self, sizes: Sizes) -> Head:
         return Deep(self, sizes)
@@ -27,7 +24,7 @@ class Deep(Head):
 
     def __init__(self, config: DeepConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.mlp = MLP(sizes.deep, hidden=config.hidden, out=sizes.tasks, keep_prob=config.keep_prob)
+        self.mlp = MLP(sizes.deep, tower=config, out=len(sizes.tasks))
 
     def forward(self, inputs: Inputs) -> Tensor:
         logits_BT: Tensor = self.mlp(inputs.deep_BD())

@@ -1,23 +1,130 @@
-"""Layers that several heads share."""
+"""Layers that several heads share, and the settings that go with them."""
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+
+from etl.spec import Section
+
+Widths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, description="widths of the hidden layers")]
+Keep = Annotated[float, Field(gt=0, le=1)]
+KeepProb = Annotated[
+    Keep | list[Keep],
+    Field(
+        description="share of each hidden layer's outputs kept in training: one number, or one a layer",
+        union_mode="left_to_right",
+    ),
+]
+Activation = Literal["relu", "tanh", "sigmoid", "prelu", "dice", "none"]
+BatchNorm = Literal["none", "before", "after"]
+
+
+class Tower(Section):
+    """Settings of an MLP; models with one inherit them."""
+
+    hidden: Widths = Field([256, 128, 64])
+    activation: Activation | list[Activation] = Field("relu", description="one for all hidden layers, or one a layer")
+    keep_prob: KeepProb = 1.0
+    batch_norm: BatchNorm = Field("none", description="before or after each activation; before: layers have no bias")
+
+    @model_validator(mode="after")
+    def _one_a_layer(self) -> "Tower":
+        for name in ("activation", "keep_prob"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != len(self.hidden):
+                raise ValueError(f"'{name}' has {len(value)} values for {len(self.hidden)} hidden layers")
+        return self
+
+
+class Dropout(nn.Module):
+    """In training keeps each value with probability `keep_prob` and divides by it; otherwise changes nothing."""
+
+    def __init__(self, keep_prob: float) -> None:
+        super().__init__()
+        self.keep_prob = keep_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 1 - self.keep_prob, training=self.training and self.keep_prob < 1)
+
+
+class Dice(nn.Module):
+    """p(x) x + (1 - p(x)) a x with p = sigmoid of the standardised x (Zhou et al. 2018, equation 3): [..., D] -> same.
+
+    `rows` picks the positions that the batch statistics are taken over, [...] of bool; padding must not count.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.alpha_D = nn.Parameter(torch.zeros(width))
+        self.norm = nn.BatchNorm1d(width, eps=eps, momentum=0.1, affine=False)
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        if self.training:
+            kept_RD = x.flatten(0, -2) if rows is None else x[rows]
+            if kept_RD.shape[0] > 1:
+                self.norm(kept_RD.detach())
+                mean_D, var_D = kept_RD.mean(dim=0), kept_RD.var(dim=0, correction=0)
+            else:
+                mean_D, var_D = self.running()
+        else:
+            mean_D, var_D = self.running()
+        p = torch.sigmoid((x - mean_D) / torch.sqrt(var_D + self.norm.eps))
+        return p * x + (1 - p) * self.alpha_D * x
+
+    def running(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance that training has gathered."""
+        mean_D, var_D = self.norm.running_mean, self.norm.running_var
+        if mean_D is None or var_D is None:
+            raise RuntimeError("batch statistics are not tracked")
+        return mean_D, var_D
+
+
+def activation(name: Activation, width: int) -> nn.Module:
+    """The layer of that name for inputs of `width` columns."""
+    if name == "prelu":
+        return nn.PReLU(width)
+    if name == "dice":
+        return Dice(width)
+    return {"relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "none": nn.Identity()}[name]
+
+
+def batch_norm(width: int) -> nn.BatchNorm1d:
+    """eps 1e-3 and decay 0.9, as in the published code of these models."""
+    return nn.BatchNorm1d(width, eps=1e-3, momentum=0.1)
 
 
 class MLP(nn.Module):
-    """ReLU layers with dropout, then one linear layer: [B, D] -> [B, out]."""
+    """Hidden layers and, unless `out` is 0, one linear layer without activation: [B, D] -> [B, out].
 
-    def __init__(self, width: int, *, hidden: Sequence[int], out: int, keep_prob: float) -> None:
+    A layer is linear, [norm], activation, [norm], [dropout]. `logit_keep` below 1 drops the output too, which only the
+    seed's FNN and PNN do.
+    """
+
+    def __init__(self, width: int, *, tower: Tower, out: int, logit_keep: float = 1.0) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for size in hidden:
-            layers += [nn.Linear(width, size), nn.ReLU()]
-            if keep_prob < 1:
-                layers.append(nn.Dropout(1 - keep_prob))
+        count = len(tower.hidden)
+        keeps = tower.keep_prob if isinstance(tower.keep_prob, list) else [tower.keep_prob] * count
+        names = tower.activation if isinstance(tower.activation, list) else [tower.activation] * count
+        for size, keep, name in zip(tower.hidden, keeps, names, strict=True):
+            layers.append(nn.Linear(width, size, bias=tower.batch_norm != "before"))
+            if tower.batch_norm == "before":
+                layers.append(batch_norm(size))
+            layers.append(activation(name, size))
+            if tower.batch_norm == "after":
+                layers.append(batch_norm(size))
+            if keep < 1:
+                layers.append(Dropout(keep))
             width = size
-        self.layers = nn.Sequential(*layers, nn.Linear(width, out))
+        if out:
+            layers.append(nn.Linear(width, out))
+        if logit_keep < 1:
+            layers.append(Dropout(logit_keep))
+        self.layers = nn.Sequential(*layers)
+        self.width = out or width
 
     def forward(self, x_BD: Tensor) -> Tensor:
         out_BT: Tensor = self.layers(x_BD)
@@ -39,9 +146,30 @@ class FirstOrder(nn.Module):
         return self.bias_T + linear_BL.sum(dim=1, keepdim=True) + dense_BN @ self.weight_NT
 
 
-def init_linear(head: nn.Module, generator: torch.Generator) -> None:
-    """Glorot uniform weights and zero biases, as in the published code of these models."""
+def pairs_BK(entries_BEK: Tensor) -> Tensor:
+    """Sum over all pairs of entries of their elementwise products, as 1/2 ((sum e)^2 - sum e^2) (Rendle 2010)."""
+    return 0.5 * (entries_BEK.sum(dim=1).square() - entries_BEK.square().sum(dim=1))
+
+
+def pair_indices(count: int) -> tuple[Tensor, Tensor]:
+    """Both sides of the pairs (0,1), (0,2) .. (1,2) .., int64 [P] each."""
+    first_P, second_P = torch.triu_indices(count, count, offset=1)
+    return first_P, second_P
+
+
+def half_squares(weights: Sequence[Tensor]) -> Tensor:
+    """Half the sum of squares of all the tensors together (tf.nn.l2_loss)."""
+    return 0.5 * torch.stack([weight.square().sum() for weight in weights]).sum()
+
+
+def init_head(head: nn.Module, generator: torch.Generator) -> None:
+    """Glorot uniform weights and zero biases, as in the published code; modules with `init(generator)` do their own."""
     for module in head.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in head.modules():
+        own = getattr(module, "init", None)
+        if own is not None:
+            own(generator)

@@ -24,7 +24,7 @@ class Wide(Head):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.first_order = FirstOrder(dense=sizes.dense, tasks=sizes.tasks)
+        self.first_order = FirstOrder(dense=sizes.dense, tasks=len(sizes.tasks))
 
     def forward(self, inputs: Inputs) -> Tensor:
         logits_BT: Tensor = self.first_order(inputs.linear_BL, inputs.dense_BN)

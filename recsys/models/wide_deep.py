@@ -2,20 +2,17 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from recsys.models.head import Head, Inputs, KeepProb, ModelConfig, Sizes, Widths
-from recsys.models.layers import MLP, FirstOrder
+from recsys.models.head import Head, Inputs, ModelConfig, Sizes
+from recsys.models.layers import MLP, FirstOrder, Tower
 
 
-class WideDeepConfig(ModelConfig):
+class WideDeepConfig(Tower, ModelConfig):
     """First-order weights of ids, crosses and dense inputs, and an MLP on vectors and dense inputs."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1606.07792"
     kind: Literal["wide_deep"] = "wide_deep"
-    hidden: Widths = Field([256, 128, 64])
-    keep_prob: KeepProb = 0.8
 
     def build(self, sizes: Sizes) -> Head:
         return WideDeep(self, sizes)
@@ -26,8 +23,8 @@ class WideDeep(Head):
 
     def __init__(self, config: WideDeepConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.wide = FirstOrder(dense=sizes.dense, tasks=sizes.tasks)
-        self.deep = MLP(sizes.deep, hidden=config.hidden, out=sizes.tasks, keep_prob=config.keep_prob)
+        self.wide = FirstOrder(dense=sizes.dense, tasks=len(sizes.tasks))
+        self.deep = MLP(sizes.deep, tower=config, out=len(sizes.tasks))
 
     def forward(self, inputs: Inputs) -> Tensor:
         logits_BT: Tensor = self.wide(inputs.linear_BL, inputs.dense_BN) + self.deep(inputs.deep_BD())

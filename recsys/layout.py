@@ -1,0 +1,159 @@
+"""How the rows of embedding tables become what a head reads: pure torch, the same in training and in the server.
+
+All of a feature sits in one table row: [vector K | first-order weight | 3 unused zeros], so that one memory access
+reads both and the width stays divisible by 4, as FBGEMM needs. A row without vector is [weight | 3 zeros], one without
+first-order weight is the vector. A bag or a sequence of at most L ids is looked up as L slots of one id or none each,
+so that one kind of lookup serves pooled fields, pairs within a bag and attention over a history.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from etl.schema import IdFeature, Schema
+from recsys.models.head import Inputs, ModelConfig, Sizes
+
+LANE = 4
+
+
+class Run(NamedTuple):
+    """Slots `start` to `stop` of a layout that are treated alike: single plain ids, or one feature with several slots.
+
+    `ids` and `floats` say where its ids and values begin in `ids_BS` and `floats_BN`; no values: -1.
+    """
+
+    start: int
+    stop: int
+    plain: bool
+    combiner: str = "sum"
+    ids: int = 0
+    floats: int = -1
+
+    def values_BL(self, ids_BS: Tensor, floats_BN: Tensor) -> Tensor:
+        """What multiplies the rows: 0 where there is no id."""
+        size = self.stop - self.start
+        present_BL = (ids_BS[:, self.ids : self.ids + size] >= 0).to(floats_BN.dtype)
+        return present_BL if self.floats < 0 else present_BL * floats_BN[:, self.floats : self.floats + size]
+
+
+def _mean_values(values_BL: Tensor) -> Tensor:
+    """Values that sum to 1; what is not positive does not take part, and an empty bag stays 0."""
+    positive_BL = values_BL.clamp(min=0)
+    total_B1 = positive_BL.sum(dim=1, keepdim=True)
+    return positive_BL / torch.where(total_B1 > 0, total_B1, 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which slots of the id features a model reads, in the order in which their rows stand side by side.
+
+    First the slots of features with a vector (`full` runs, then those that stay unpooled), then those of features with
+    a weight alone. `slots` are the EBC's feature names with their tables, `columns` each one's place in `ids_BS`.
+    """
+
+    slots: tuple[tuple[str, str], ...]
+    columns: tuple[int, ...]
+    full: tuple[Run, ...]
+    unpooled: tuple[Run, ...]
+    weights: tuple[Run, ...]
+    sizes: Sizes
+    linear: bool
+
+    @classmethod
+    def of(cls, schema: Schema, config: ModelConfig, *, dim: int) -> "Layout":
+        """A model without vectors reads all features as `linear_only`; one without first-order weights skips those."""
+        with_vector = [f for f in schema.features if config.vectors and not f.linear_only]
+        unpooled = [f for f in with_vector if config.unpooled and f.type == "sequence"]
+        full = [f for f in with_vector if f not in unpooled]
+        weights = [f for f in schema.features if config.linear and f not in with_vector]
+        places = _Places(schema)
+        runs = [places.runs(part) for part in (full, unpooled, weights)]
+        fields = tuple(feature.name for feature in full)
+        sequences = tuple((feature.name, feature.slots) for feature in unpooled)
+        sizes = Sizes(fields, dim, len(schema.dense), tuple(schema.task_names), sequences)
+        return cls(tuple(places.slots), tuple(places.columns), *runs, sizes=sizes, linear=config.linear)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All runs in order."""
+        return (*self.full, *self.unpooled, *self.weights)
+
+    @property
+    def vectors(self) -> int:
+        """Slots with a vector."""
+        return max((run.stop for run in (*self.full, *self.unpooled)), default=0)
+
+    @property
+    def width(self) -> int:
+        """Floats of a row with a vector; other rows have 4."""
+        return self.sizes.dim + (LANE if self.linear else 0)
+
+    def widths(self) -> dict[str, int]:
+        """Floats of one row of each table."""
+        return {table: self.width if at < self.vectors else LANE for at, (_, table) in enumerate(self.slots)}
+
+    def inputs(self, rows_BSW: Tensor, weights_BS: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
+        """Rows of the slots with a vector and weights of the others, in this layout's order, to what a head reads."""
+        dim, fields, entries, linear, sequences, masks = self.sizes.dim, [], [], [], [], []
+        for run in (*self.full, *self.unpooled):
+            rows_BLW = rows_BSW[:, run.start : run.stop]
+            if run.plain:
+                fields.append(rows_BLW[:, :, :dim])
+                entries.append(rows_BLW[:, :, :dim])
+                linear.append(rows_BLW[:, :, dim] if self.linear else rows_BLW[:, :0, 0])
+                continue
+            values_BL = run.values_BL(ids_BS, floats_BN)
+            if self.linear:
+                linear.append((rows_BLW[:, :, dim] * values_BL).sum(dim=1, keepdim=True))
+            if run in self.unpooled:
+                sequences.append(rows_BLW[:, :, :dim] * values_BL[:, :, None])
+                masks.append((ids_BS[:, run.ids : run.ids + run.stop - run.start] >= 0).to(floats_BN.dtype))
+                continue
+            values_BL = _mean_values(values_BL) if run.combiner == "mean" else values_BL
+            entries.append(rows_BLW[:, :, :dim] * values_BL[:, :, None])
+            fields.append(entries[-1].sum(dim=1, keepdim=True))
+        linear += [self._weight(run, weights_BS, ids_BS=ids_BS, floats_BN=floats_BN) for run in self.weights]
+        none_BFK, none_BL = rows_BSW[:, :0, :dim], floats_BN[:, :0]
+        return Inputs(
+            torch.cat(fields, dim=1) if fields else none_BFK,
+            torch.cat(linear, dim=1) if linear else none_BL,
+            floats_BN[:, : self.sizes.dense],
+            torch.cat(entries, dim=1) if entries else none_BFK,
+            tuple(sequences),
+            tuple(masks),
+        )
+
+    def _weight(self, run: Run, weights_BS: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Tensor:
+        weights_BL = weights_BS[:, run.start - self.vectors : run.stop - self.vectors]
+        if run.plain:
+            return weights_BL
+        return (weights_BL * run.values_BL(ids_BS, floats_BN)).sum(dim=1, keepdim=True)
+
+
+class _Places:
+    """Lays slots side by side and remembers where their ids and values come from."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.slots: list[tuple[str, str]] = []
+        self.columns: list[int] = []
+        self._ids = {f.name: end - f.slots for f, end in zip(schema.features, schema.slot_ends, strict=True)}
+        self._floats = {name: at for at, name in reversed(list(enumerate(schema.float_names)))}
+
+    def runs(self, features: Sequence[IdFeature]) -> tuple[Run, ...]:
+        """Neighbours that are plain share a run."""
+        found: list[Run] = []
+        for feature in features:
+            start, begin = len(self.slots), self._ids[feature.name]
+            names = [feature.name if feature.slots == 1 else f"{feature.name}.{at}" for at in range(feature.slots)]
+            self.slots += [(name, feature.table) for name in names]
+            self.columns += range(begin, begin + feature.slots)
+            plain = feature.type not in ("bag", "sequence") and not feature.weighted
+            if plain and found and found[-1].plain:
+                found[-1] = found[-1]._replace(stop=len(self.slots))
+                continue
+            floats = self._floats[f"{feature.name}:value"] if feature.weighted else -1
+            found.append(Run(start, len(self.slots), plain, feature.combiner, begin, floats))
+        return tuple(found)

@@ -1,0 +1,119 @@
+"""Optimizers as pure updates of weights, gradients and states: one code for dense layers and for rows of tables."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from etl.spec import Section
+
+Name = Literal["sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "ftrl"]
+
+
+class OptimizerSettings(Section):
+    """An optimizer and its constants; each names the optimizers that read it."""
+
+    optimizer: Name = "adam"
+    learning_rate: float = Field(1e-3, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum: share of the last step kept")
+    nesterov: bool = Field(False, description="momentum: look ahead (Sutskever et al. 2013)")
+    accumulator_start: float = Field(0.0, ge=0, description="adagrad, ftrl: where the sums of squares start")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adam: decay of the mean gradient")
+    beta2: float = Field(0.999, ge=0, lt=1, description="adam: decay of the mean square")
+    eps: float = Field(1e-8, ge=0, description="adagrad, adam: added to the root of squares")
+    eps_hat: bool = Field(False, description="adam: add eps before the bias correction, as TensorFlow does")
+    l1: float = Field(0.0, ge=0, description="ftrl: makes weights exactly 0")
+    ftrl_l2: float = Field(0.0, ge=0, description="ftrl: pulls weights to 0")
+    l2_shrinkage: float = Field(0.0, ge=0, description="ftrl: L2 of the gradient's side alone")
+    ftrl_beta: float = Field(0.0, ge=0, description="ftrl: added to the root of sums of squares")
+    ftrl_power: float = Field(-0.5, le=0, description="ftrl: power of the sums of squares in the step")
+    preserve_init: bool = Field(False, description="ftrl: start so that the initial weights stay until learnt over")
+
+
+def state_count(settings: OptimizerSettings) -> int:
+    """Numbers kept for each weight."""
+    return {"sgd": 0, "momentum": 1, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2, "ftrl": 2}[settings.optimizer]
+
+
+def start_states(settings: OptimizerSettings, weights: Tensor, states: Sequence[Tensor]) -> None:
+    """Sets the states, of the weights' shape, to where training begins."""
+    for state in states:
+        state.zero_()
+    if settings.optimizer in ("adagrad", "rowwise_adagrad", "ftrl"):
+        states[0].fill_(settings.accumulator_start)
+    if settings.optimizer == "ftrl" and settings.preserve_init:
+        power = settings.accumulator_start**-settings.ftrl_power
+        slope = (power + settings.ftrl_beta) / settings.learning_rate + 2 * settings.ftrl_l2
+        states[1].copy_(-weights * slope - torch.sign(weights) * settings.l1)
+
+
+def update(
+    settings: OptimizerSettings, weights: Tensor, gradients: Tensor, *, states: Sequence[Tensor], step: int
+) -> None:
+    """One step, in place, of weights [.., D] by gradients of the same shape; `step` counts from 1.
+
+    Adagrad: Duchi et al. 2011. Adam: Kingma and Ba 2015, algorithm 1, or with `eps_hat` the form before section 2.1.
+    FTRL: McMahan et al. 2013, algorithm 1. Row-wise Adagrad keeps the mean square of a row, the same in every column.
+    """
+    rate, g = settings.learning_rate, gradients
+    match settings.optimizer:
+        case "sgd":
+            weights.sub_(g, alpha=rate)
+        case "momentum":
+            states[0].mul_(settings.momentum).add_(g)
+            weights.sub_(g + settings.momentum * states[0] if settings.nesterov else states[0], alpha=rate)
+        case "adagrad" | "rowwise_adagrad":
+            square = g.square()
+            states[0].add_(square if settings.optimizer == "adagrad" else square.mean(dim=-1, keepdim=True))
+            weights.addcdiv_(g, states[0].sqrt().add_(settings.eps), value=-rate)
+        case "adam":
+            _adam(settings, weights, g, mean=states[0], square=states[1], step=step)
+        case "ftrl":
+            _ftrl(settings, weights, g, squares=states[0], linear=states[1])
+
+
+def _adam(settings: OptimizerSettings, weights: Tensor, g: Tensor, *, mean: Tensor, square: Tensor, step: int) -> None:
+    mean.lerp_(g, 1 - settings.beta1)
+    square.mul_(settings.beta2).addcmul_(g, g, value=1 - settings.beta2)
+    correction = math.sqrt(1 - settings.beta2**step)
+    eps = settings.eps if settings.eps_hat else settings.eps * correction
+    rate = settings.learning_rate * correction / (1 - settings.beta1**step)
+    weights.addcdiv_(mean, square.sqrt().add_(eps), value=-rate)
+
+
+def _ftrl(settings: OptimizerSettings, weights: Tensor, g: Tensor, *, squares: Tensor, linear: Tensor) -> None:
+    power = -settings.ftrl_power
+    added = squares + g.square()
+    before, after = squares.pow(power), added.pow(power)
+    linear.add_(g + 2 * settings.l2_shrinkage * weights - (after - before) / settings.learning_rate * weights)
+    slope = (after + settings.ftrl_beta) / settings.learning_rate + 2 * settings.ftrl_l2
+    weights.copy_((linear.clamp(-settings.l1, settings.l1) - linear) / slope)
+    squares.copy_(added)
+
+
+class DenseOptimizer(torch.optim.Optimizer):
+    """`update` on whole parameters; its states exist from the start, so that a checkpoint can be loaded into them."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> None:
+        super().__init__(parameters, {})
+        self.settings = settings
+        self.steps = 0
+        for parameter in self._parameters():
+            states = [torch.zeros_like(parameter) for _ in range(state_count(settings))]
+            start_states(settings, parameter.detach(), states)
+            self.state[parameter] = {f"state{at}": state for at, state in enumerate(states)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Updates every parameter that has a gradient."""
+        self.steps += 1
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                states = list(self.state[parameter].values())
+                update(self.settings, parameter, parameter.grad, states=states, step=self.steps)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
