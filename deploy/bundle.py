@@ -17,11 +17,17 @@ class _Record(BaseModel):
 
 
 class Signature(_Record):
-    """What a client packs: each raw column's type, the columns of `keys` and those of `numbers`, in order."""
+    """What a client packs: see `etl.transform.Signature`."""
 
-    columns: dict[str, Literal["string", "int64", "float64"]]
+    columns: dict[str, Literal["string", "int64", "float64", "list<string>", "list<int64>", "list<float64>"]]
     keys: tuple[str, ...]
     numbers: tuple[str, ...]
+    slots: dict[str, int]
+    newest: tuple[str, ...]
+
+    def width(self, names: tuple[str, ...]) -> int:
+        """Columns of the packed matrix of these raw columns."""
+        return sum(self.slots.get(name, 1) for name in names)
 
 
 class ServeDefaults(_Record):
@@ -43,8 +49,8 @@ class Bundle(_Record):
     step: int
     metrics: dict[str, dict[str, float | None]]
     tasks: tuple[str, ...]
-    features: tuple[str, ...]
-    dense: tuple[str, ...]
+    ids: tuple[str, ...]
+    floats: tuple[str, ...]
     signature: Signature
     tolerance: float
     serve: ServeDefaults

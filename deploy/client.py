@@ -15,7 +15,8 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from etl.faults import Fault
-from etl.transform import Packed, Packer
+from etl.pack import pack
+from etl.transform import Packed, Signature
 
 MODEL = "ranker"
 _IN_FLIGHT = 4
@@ -49,7 +50,7 @@ class Client:
         self.tasks: tuple[str, ...] = tuple(signature["tasks"])
         self.columns: dict[str, str] = dict(signature["columns"])
         self._max_rows = int(signature["max_rows"])
-        self._packer = Packer.from_signature(signature)
+        self._packing = Signature.from_json(signature)
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +72,7 @@ class Client:
         """
         try:
             table = rows if isinstance(rows, pa.Table) else _table(rows)
-            packed = self._packer.pack(table)
+            packed = pack(table, self._packing)
         except (ValueError, pa.ArrowException) as error:
             remedy = "mend the rows"
             raise Fault("the rows to score", got=str(error), wanted=self._wanted(), remedy=remedy) from None

@@ -19,18 +19,21 @@ from deploy.offline import Scores, offline_scores
 from deploy.program import Lookup, ServedNetwork, save_program
 from etl.artifact import new_folder, read_json, write_json
 from etl.faults import Fault
+from etl.pack import pack
 from etl.schema import Schema
-from etl.sources import read_raw_split
+from etl.sources import arrow_type, read_raw_split
 from etl.transform import Transform
 from recsys.experiment import Experiment
 from recsys.network import Network
 from recsys.predict import load_network
 
-_TYPES = {"string": pa.large_string(), "int64": pa.int64(), "float64": pa.float64()}
 _EDGES: dict[str, list[Any]] = {
     "string": [None, "", "a text that no training row holds", "日本語"],
-    "int64": [None, 0, 2**63 - 1, -(2**63) + 1],
-    "float64": [None, 0.0, 1e30, -1e30],
+    "int64": [None, 0, 2**63 - 1, -(2**63) + 2],
+    "float64": [None, 0.0, 1e6, -1e6],
+    "list<string>": [None, [], ["a text that no training row holds"], [None]],
+    "list<int64>": [None, [], [2**63 - 1], [None]],
+    "list<float64>": [None, [], [2.0], [0.0]],
 }
 
 
@@ -48,7 +51,7 @@ def export(run: Path, out: Path) -> Bundle:
         _copy_parts(run, folder)
         served = served_network(network)
         max_rows = experiment.serve.max_batch_size
-        sizes = {"features": len(schema.features), "dense": len(schema.dense)}
+        sizes = {"slots": len(schema.slot_names), "floats": len(schema.float_names)}
         save_program(served, folder, max_rows=max_rows, **sizes)
         rows = golden_rows(experiment, transform)
         offline = offline_scores(network, transform, table=rows)
@@ -62,30 +65,30 @@ def export(run: Path, out: Path) -> Bundle:
 
 
 def served_network(network: Network) -> ServedNetwork:
-    """The trained head on merged tables: vectors in one matrix, first-order weights in another."""
+    """The trained head on merged tables: rows with a vector in one matrix, first-order weights alone in another."""
     layout = network.layout
-    rows: dict[str, Tensor] = {
+    tables: dict[str, Tensor] = {
         config.name: network.tables.embedding_bags[config.name].weight.detach()
         for config in network.tables.embedding_bag_configs()
     }
-    names = [feature.table for feature in layout.features]
-    full = names[: layout.vectors]
-    vectors = {name: rows[name][:, : layout.dim] for name in full}
-    linear = names if layout.linear else []
-    weights = {name: rows[name][:, layout.dim if name in full else 0][:, None] for name in linear}
+    names = [table for _, table in layout.slots]
+    full, alone = names[: layout.vectors], names[layout.vectors :]
+    used = layout.sizes.dim + (1 if layout.linear else 0)  # the rest is padding
+    rows, weights = {name: tables[name][:, :used] for name in full}, {name: tables[name][:, :1] for name in alone}
     return ServedNetwork(
         network.head,
-        vectors=Lookup(layout.columns[: layout.vectors], names=full, tables=vectors) if full else None,
-        weights=Lookup(layout.columns, names=linear, tables=weights) if linear else None,
-        dim=layout.dim,
+        layout,
+        rows=Lookup(layout.columns[: layout.vectors], names=full, tables=rows) if full else None,
+        weights=Lookup(layout.columns[layout.vectors :], names=alone, tables=weights) if alone else None,
     )
 
 
 def golden_rows(experiment: Experiment, transform: Transform) -> pa.Table:
     """The first raw test rows, and rows of missing, unseen and extreme values."""
     test = read_raw_split(experiment, "test").slice(0, experiment.export.golden_rows)
-    edges = {name: pa.array(_EDGES[dtype], _TYPES[dtype]) for name, dtype in transform.columns.items()}
-    return pa.concat_tables([test, pa.table(edges, schema=test.schema)]).combine_chunks()
+    columns = transform.signature.columns
+    edges = {name: pa.array(_EDGES[dtype], arrow_type(dtype)) for name, dtype in columns.items()}
+    return pa.concat_tables([test, pa.table(edges).cast(test.schema)]).combine_chunks()
 
 
 def _copy_parts(run: Path, folder: Path) -> None:
@@ -110,7 +113,7 @@ def _check(
     folder: Path, transform: Transform, *, rows: pa.Table, offline: Scores, tolerance: float, max_rows: int
 ) -> None:
     """Scores the golden rows with the files that were just written."""
-    packed = transform.pack(rows)
+    packed = pack(rows, transform.signature)
     served = ranker.Ranker(folder, etl.transform)
     for at in range(0, len(packed.keys), max_rows):
         part = slice(at, at + max_rows)
@@ -142,9 +145,9 @@ def _manifest(
         step=result["best_step"],
         metrics={split: _figures(result[split]) for split in ("valid", "test")},
         tasks=tuple(schema.task_names),
-        features=tuple(schema.id_names),
-        dense=tuple(schema.dense_names),
-        signature=Signature.model_validate_json(json.dumps(transform.signature())),
+        ids=tuple(schema.slot_names),
+        floats=tuple(schema.float_names),
+        signature=Signature.model_validate_json(json.dumps(transform.signature.as_json())),
         tolerance=experiment.export.tolerance,
         serve=ServeDefaults(**experiment.serve.model_dump()),
         versions=packages | {"python": platform.python_version()},

@@ -2,38 +2,36 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
-from torch import nn
 
+from etl.pack import encode
 from etl.transform import Transform
 
-_ROWS = 4096
+if TYPE_CHECKING:
+    from recsys.network import Network
 
 
 @dataclass(frozen=True)
 class Scores:
-    """ids int64 [B, F], dense float32 [B, N], score float32 [B, T]."""
+    """ids int64 [B, S], score float32 [B, T]."""
 
     ids: npt.NDArray[np.int64]
-    dense: npt.NDArray[np.float32]
     score: npt.NDArray[np.float32]
 
 
-def offline_scores(network: nn.Module, transform: Transform, *, table: pa.Table) -> Scores:
-    """Packs, transforms and scores raw rows in this process."""
-    encoded = transform.apply(transform.pack(table))
-    ids_BF, dense_BN = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.dense)
-    with torch.no_grad():
-        parts = [network(ids_BF[at : at + _ROWS], dense_BN[at : at + _ROWS]) for at in range(0, len(ids_BF), _ROWS)]
-        score_BT = torch.cat(parts).sigmoid().numpy()
-    return Scores(encoded.ids, encoded.dense, score_BT)
+def offline_scores(network: "Network", transform: Transform, *, table: pa.Table) -> Scores:
+    """Packs, transforms and scores raw rows in this process. Raises Fault where a value can't be packed."""
+    from recsys.predict import probabilities
+
+    encoded = encode(table, transform, place="the rows to score offline")
+    return Scores(encoded.ids, probabilities(network, encoded))
 
 
-def offline_run(run: Path) -> tuple[nn.Module, Transform]:
+def offline_run(run: Path) -> tuple["Network", Transform]:
     """The trained network of a run folder and the transform of the rows it learned from."""
     from recsys.predict import load_network
 

@@ -31,11 +31,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Scored:
-    """score float32 [B, T], and what it was computed from: ids int64 [B, F], dense float32 [B, N]."""
+    """score float32 [B, T], and what it was computed from: ids int64 [B, S], floats float32 [B, N]."""
 
     score: Float32s
     ids: Int64s
-    dense: Float32s
+    floats: Float32s
 
 
 class Ranker:
@@ -44,43 +44,48 @@ class Ranker:
     def __init__(self, folder: Path, transform: Any) -> None:
         schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
         rows = {table["name"]: table["rows"] for table in schema["tables"]}
-        self._feature_names = [feature["name"] for feature in schema["features"]]
-        self._feature_rows = np.array([rows[feature["table"]] for feature in schema["features"]], np.int64)
-        self._dense_names = [dense["name"] for dense in schema["dense"]]
+        slots = [feature for feature in schema["features"] for _ in range(feature["slots"])]
+        self._slot_names = [feature["name"] for feature in slots]
+        self._rows_S = np.array([rows[feature["table"]] for feature in slots], np.int64)
+        self._lowest_S = np.array([-1 if feature["dtype"] == "list<int64>" else 0 for feature in slots], np.int64)
+        weighted = [feature for feature in schema["features"] if feature["weighted"]]
+        self._float_names = [dense["name"] for dense in schema["dense"]]
+        self._float_names += [f"{feature['name']}:value" for feature in weighted for _ in range(feature["slots"])]
         self._module = transform
         self._transform = transform.Transform.load(folder / "transform")
-        self._number_names: Sequence[str] = self._transform.packer.numbers
-        self._key_names: Sequence[str] = self._transform.packer.keys
+        signature = self._transform.signature
+        self._keys = len(signature.packed_names(signature.keys))
+        self._numbers = len(signature.packed_names(signature.numbers))
         self._forward = load_program(folder)
 
     def score(self, requests: Sequence[Request]) -> list[Scored | ValueError]:
         """One forward over all rows of the requests that are sound; a ValueError, in its place, for each other."""
         results: list[Scored | ValueError | None] = [self._request_fault(request) for request in requests]
         sound = [at for at, fault in enumerate(results) if fault is None]
-        ids_BF, dense_BN = self._encode([requests[at] for at in sound])
+        ids_BS, floats_BN = self._encode([requests[at] for at in sound])
         counts = [len(requests[at].keys) for at in sound]
         pieces = dict(zip(sound, _pieces(counts), strict=True))
         for at, piece in pieces.items():
-            results[at] = self._encoded_fault(ids_BF[piece], dense_BN[piece])
+            results[at] = self._encoded_fault(ids_BS[piece], floats_BN[piece])
         sound = [at for at in sound if results[at] is None]
         if sound:
             kept = np.concatenate([np.arange(pieces[at].start, pieces[at].stop) for at in sound])
-            ids_BF, dense_BN = ids_BF[kept], dense_BN[kept]
-            score_BT = self.forward(ids_BF, dense_BN)
+            ids_BS, floats_BN = ids_BS[kept], floats_BN[kept]
+            score_BT = self.forward(ids_BS, floats_BN)
             for at, piece in zip(sound, _pieces([len(requests[at].keys) for at in sound]), strict=True):
-                results[at] = _finite(Scored(score_BT[piece], ids_BF[piece], dense_BN[piece]))
+                results[at] = _finite(Scored(score_BT[piece], ids_BS[piece], floats_BN[piece]))
         return [result for result in results if result is not None]
 
-    def forward(self, ids_BF: Int64s, dense_BN: Float32s) -> Float32s:
+    def forward(self, ids_BS: Int64s, floats_BN: Float32s) -> Float32s:
         """Probabilities [B, T] of encoded rows."""
         with torch.inference_mode():
-            score_BT: Float32s = self._forward(torch.from_numpy(ids_BF), torch.from_numpy(dense_BN)).numpy()
+            score_BT: Float32s = self._forward(torch.from_numpy(ids_BS), torch.from_numpy(floats_BN)).numpy()
         return score_BT
 
     def blank(self, rows: int) -> Request:
         """A sound request of zeros, for warm-up."""
-        keys = np.zeros((rows, len(self._key_names)), np.int64)
-        return Request(keys, np.zeros((rows, len(self._number_names)), np.float64))
+        keys = np.zeros((rows, self._keys), np.int64)
+        return Request(keys, np.zeros((rows, self._numbers), np.float64))
 
     def _encode(self, requests: Sequence[Request]) -> tuple[Int64s, Float32s]:
         blank = self.blank(0)
@@ -88,10 +93,10 @@ class Ranker:
         numbers = np.concatenate([blank.numbers, *(request.numbers for request in requests)])
         with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and a fault of its request
             encoded = self._transform.apply(self._module.Packed(keys, numbers))
-        return encoded.ids, encoded.dense
+        return encoded.ids, encoded.floats
 
     def _request_fault(self, request: Request) -> ValueError | None:
-        wanted = (len(self._key_names), len(self._number_names))
+        wanted = (self._keys, self._numbers)
         got = (request.keys.shape[-1], request.numbers.shape[-1])
         if got != wanted or len(request.keys) != len(request.numbers):
             shapes = f"{list(request.keys.shape)} and {list(request.numbers.shape)}"
@@ -99,27 +104,27 @@ class Ranker:
                 f"keys and numbers have the shapes {shapes}, wanted [B, {wanted[0]}] and [B, {wanted[1]}]"
             )
         try:
-            self._module.check_numbers(request.numbers, self._number_names)
+            self._transform.check(self._module.Packed(request.keys, request.numbers))
         except ValueError as fault:
             return fault
         return None
 
-    def _encoded_fault(self, ids_BF: Int64s, dense_BN: Float32s) -> ValueError | None:
+    def _encoded_fault(self, ids_BS: Int64s, floats_BN: Float32s) -> ValueError | None:
         """An id outside of its table would read the row of a neighbour in the merged matrix, so none gets there."""
-        if (outside := out_of_range(ids_BF, self._feature_rows)) is not None:
+        if (outside := out_of_range(ids_BS, self._rows_S, lowest_S=self._lowest_S)) is not None:
             row, at = outside
-            table = f"its table has {self._feature_rows[at]} rows"
-            return ValueError(f"feature '{self._feature_names[at]}' has id {ids_BF[row, at]} at row {row}, {table}")
-        finite = np.isfinite(dense_BN)
+            table = f"its table has {self._rows_S[at]} rows"
+            return ValueError(f"feature '{self._slot_names[at]}' has id {ids_BS[row, at]} at row {row}, {table}")
+        finite = np.isfinite(floats_BN)
         if not finite.all():
             row, at = np.argwhere(~finite)[0]
-            return ValueError(f"dense feature '{self._dense_names[at]}' leaves the range of float32 at row {row}")
+            return ValueError(f"feature '{self._float_names[at]}' leaves the range of float32 at row {row}")
         return None
 
 
-def out_of_range(ids_BF: Int64s, rows_F: Int64s) -> tuple[int, int] | None:
-    """The first (row, feature) whose id is below 0 or not below the rows of its table."""
-    outside = (ids_BF < 0) | (ids_BF >= rows_F)
+def out_of_range(ids_BS: Int64s, rows_S: Int64s, *, lowest_S: Int64s) -> tuple[int, int] | None:
+    """The first (row, slot) whose id is below the lowest allowed or not below the rows of its table."""
+    outside = (ids_BS < lowest_S) | (ids_BS >= rows_S)
     if not outside.any():
         return None
     row, at = np.argwhere(outside)[0]
@@ -133,7 +138,7 @@ def load_weights(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 def load_program(folder: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The program with its weights bound: (ids [B, F], dense [B, N]) -> probabilities [B, T].
+    """The program with its weights bound: (ids [B, S], floats [B, N]) -> probabilities [B, T].
 
     The graph is called as it is: the wrapper that torch.export puts around it costs five times the small network.
     """
@@ -141,8 +146,8 @@ def load_program(folder: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.T
     _refuse_pickles(folder / "program.pt2")
     graph = torch.export.load(folder / "program.pt2").graph_module
 
-    def forward(ids_BF: torch.Tensor, dense_BN: torch.Tensor) -> torch.Tensor:
-        (score_BT,) = graph(*weights, ids_BF, dense_BN)
+    def forward(ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
+        (score_BT,) = graph(*weights, ids_BS, floats_BN)
         return torch.as_tensor(score_BT)
 
     return forward

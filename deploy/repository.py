@@ -40,11 +40,14 @@ def make_repository(bundle_dir: Path, out: Path, *, instances: int | None = None
 def model_config(bundle: Bundle, *, bundle_hash: str, instances: int) -> pb.ModelConfig:
     """The served model as Triton is told about it."""
     signature = bundle.signature
-    inputs = [("keys", pb.TYPE_INT64, len(signature.keys)), ("numbers", pb.TYPE_FP64, len(signature.numbers))]
+    inputs = [
+        ("keys", pb.TYPE_INT64, signature.width(signature.keys)),
+        ("numbers", pb.TYPE_FP64, signature.width(signature.numbers)),
+    ]
     outputs = [
         ("score", pb.TYPE_FP32, len(bundle.tasks)),
-        ("ids", pb.TYPE_INT64, len(bundle.features)),
-        ("dense", pb.TYPE_FP32, len(bundle.dense)),
+        ("ids", pb.TYPE_INT64, len(bundle.ids)),
+        ("floats", pb.TYPE_FP32, len(bundle.floats)),
     ]
     described = signature.model_dump(mode="json") | {"tasks": bundle.tasks, "max_rows": bundle.serve.max_batch_size}
     return pb.ModelConfig(

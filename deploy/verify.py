@@ -44,15 +44,15 @@ def verify(bundle_dir: Path, *, url: str, rows: Path | None) -> Iterator[Compari
         golden = read_rows(bundle_dir / "golden" / "requests.jsonl", client.columns)
         kept = pq.read_table(bundle_dir / "golden" / "scores.parquet")
         score_BT = np.stack([kept[task].to_numpy() for task in bundle.tasks], axis=1)
-        ids_BF = np.array(kept["ids"].to_pylist(), np.int64)
+        ids_BS = np.array(kept["ids"].to_pylist(), np.int64)
         served = client.score(golden, ids=True)
-        yield _compare("golden requests", served, score_BT=score_BT, ids_BF=ids_BF, tolerance=bundle.tolerance)
+        yield _compare("golden requests", served, score_BT=score_BT, ids_BS=ids_BS, tolerance=bundle.tolerance)
         network, transform = offline_run(_same_run(bundle))
         what = str(rows) if rows else "test split"
         raw = read_rows(rows, client.columns) if rows else read_raw_split(read_experiment(bundle_dir), "test")
         served = client.score(raw, ids=True)  # first: it reports rows that can't be packed
         offline = offline_scores(network, transform, table=raw)
-        yield _compare(what, served, score_BT=offline.score, ids_BF=offline.ids, tolerance=bundle.tolerance)
+        yield _compare(what, served, score_BT=offline.score, ids_BS=offline.ids, tolerance=bundle.tolerance)
 
 
 def _compare(
@@ -60,15 +60,15 @@ def _compare(
     served: Rows,
     *,
     score_BT: npt.NDArray[np.float32],
-    ids_BF: npt.NDArray[np.int64],
+    ids_BS: npt.NDArray[np.int64],
     tolerance: float,
 ) -> Comparison:
-    if served.ids is None or served.score.shape != score_BT.shape or served.ids.shape != ids_BF.shape:
+    if served.ids is None or served.score.shape != score_BT.shape or served.ids.shape != ids_BS.shape:
         got = f"scores of {list(served.score.shape)}, offline ones of {list(score_BT.shape)}"
         remedy = "serve the bundle that is verified"
         raise Fault(what, got=got, wanted="rows, and as many scores and ids of each as offline", remedy=remedy)
     difference_B = np.abs(served.score - score_BT).max(axis=1)
-    equal_B = (difference_B <= tolerance) & np.all(served.ids == ids_BF, axis=1)
+    equal_B = (difference_B <= tolerance) & np.all(served.ids == ids_BS, axis=1)
     return Comparison(what, len(equal_B), int(equal_B.sum()), float(difference_B.max()), tolerance)
 
 

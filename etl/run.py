@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,10 @@ from etl import sources
 from etl.artifact import Json, new_folder, read_json, sha256, write_json
 from etl.engines.polars import fit
 from etl.faults import Fault
-from etl.schema import DenseFeature, Schema, TaskColumn
-from etl.spec import FeatureSpec
-from etl.transform import Transform, mix
+from etl.pack import encode
+from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
+from etl.spec import FeatureSpec, Task
+from etl.transform import Encoded, Transform, mix
 
 SPLITS = ("train", "valid", "test")
 Report = Callable[[str, int], None]
@@ -36,11 +38,11 @@ def run(spec: FeatureSpec, out: Path, *, report: Report) -> Json:
             features=tuple(features),
             dense=tuple(DenseFeature(name=step["name"]) for step in state["dense"]),
             tables=tuple(tables),
-            tasks=tuple(TaskColumn(name=t.name, positive_rate=label_rates["train"][t.name]) for t in spec.tasks),
+            tasks=tuple(_task(task, rate=label_rates["train"][task.name]) for task in spec.tasks),
+            group=spec.data.group is not None,
         )
         schema.write(folder)
-        transform = Transform.load(folder / "transform")
-        stats = {split: _encode(spec, split, folder=folder, transform=transform, report=report) for split in SPLITS}
+        stats = {split: _encode(spec, split, folder=folder, schema=schema, report=report) for split in SPLITS}
         for split in SPLITS:
             (raw / f"{split}.parquet").unlink()
             stats[split]["label_rate"] = label_rates[split]
@@ -49,6 +51,10 @@ def run(spec: FeatureSpec, out: Path, *, report: Report) -> Json:
         manifest["files"] = _files(folder)
         write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _task(task: Task, *, rate: float) -> TaskColumn:
+    return TaskColumn(name=task.name, positive_rate=rate, weight=task.weight, given=task.given)
 
 
 def up_to_date(spec: FeatureSpec, out: Path) -> bool:
@@ -119,8 +125,13 @@ def _label_rates(spec: FeatureSpec, staged: Path, *, split: str) -> dict[str, fl
         raise Fault(f"data.{split}", got="no rows", wanted="at least one", remedy=remedy)
     ones = {task.name: 0.0 for task in spec.tasks}
     for batch in file.iter_batches(columns=[f"label:{name}" for name in ones]):
-        for name in ones:
-            ones[name] += float(batch[f"label:{name}"].to_numpy().sum())
+        labels = {name: batch[f"label:{name}"].to_numpy() for name in ones}
+        for task in spec.tasks:
+            ones[task.name] += float(labels[task.name].sum())
+            if task.implies and (wrong := int((labels[task.name] > labels[task.implies]).sum())):
+                got = f"{wrong} rows with '{task.name}' 1 and '{task.implies}' 0"
+                remedy = f"mend the rows, or drop 'implies' of task '{task.name}'"
+                raise Fault(f"data.{split}", got=got, wanted=f"'{task.implies}' 1 there", remedy=remedy)
     rates = {name: count / file.metadata.num_rows for name, count in ones.items()}
     if split == "train" and (flat := [name for name, rate in rates.items() if rate in (0.0, 1.0)]):
         got = f"only class {rates[flat[0]]:.0f} for task '{flat[0]}'"
@@ -129,20 +140,44 @@ def _label_rates(spec: FeatureSpec, staged: Path, *, split: str) -> dict[str, fl
     return rates
 
 
-def _encode(spec: FeatureSpec, split: str, *, folder: Path, transform: Transform, report: Report) -> Json:
+def encoded_columns(encoded: Encoded, schema: Schema) -> dict[str, pa.Array]:
+    """The columns of a shard: ids (lists where a feature has several slots), values of weighted ids, dense inputs."""
+    columns: dict[str, pa.Array] = {}
+    values_at = len(schema.dense)
+    for feature, end in zip(schema.features, schema.slot_ends, strict=True):
+        ids = encoded.ids[:, end - feature.slots : end]
+        columns[feature.name] = _column(ids, filled=ids >= 0, dtype=feature.dtype)
+        if feature.weighted:
+            values = encoded.floats[:, values_at : values_at + feature.slots]
+            columns[f"{feature.name}:value"] = _column(values, filled=ids >= 0, dtype=feature.dtype)
+            values_at += feature.slots
+    return columns | {dense.name: pa.array(encoded.floats[:, at]) for at, dense in enumerate(schema.dense)}
+
+
+def _column(matrix: npt.NDArray[Any], *, filled: npt.NDArray[np.bool_], dtype: str) -> pa.Array:
+    if dtype == "int64":
+        return pa.array(matrix[:, 0])
+    offsets = np.concatenate([[0], np.cumsum(filled.sum(axis=1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
+
+
+def _encode(spec: FeatureSpec, split: str, *, folder: Path, schema: Schema, report: Report) -> Json:
     """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
+    transform = Transform.load(folder / "transform")
     (folder / split).mkdir()
     names = [step["name"] for step in transform.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
     shards = _Shards(folder / split, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
     file = pq.ParquetFile(folder / "raw" / f"{split}.parquet")
     for batch in file.iter_batches(batch_size=spec.etl.rows_per_group):
-        encoded = transform.apply(transform.pack(pa.Table.from_batches([batch]).select(list(transform.columns))))
+        raw = pa.Table.from_batches([batch]).select(list(transform.signature.columns))
+        encoded = encode(raw, transform, place=f"{split} rows {shards.rows + 1} to {shards.rows + batch.num_rows}")
         missing += encoded.missing
         unseen += encoded.unseen
-        columns = {name: pa.array(encoded.ids[:, at]) for at, name in enumerate(names)}
-        columns |= {step["name"]: pa.array(encoded.dense[:, at]) for at, step in enumerate(transform.dense)}
+        columns = encoded_columns(encoded, schema)
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
+        if spec.data.group:
+            columns[GROUP] = batch["group:"]
         shards.write(pa.table(columns))
         report(f"encode {split}", shards.rows)
     shards.close()

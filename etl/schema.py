@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from etl.artifact import read_json, write_json
 from etl.faults import Fault
 
+GROUP = "group:"
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,21 +51,27 @@ class Table(_Record):
 
 
 class TaskColumn(_Record):
-    """A label column: float32, 0 or 1. `positive_rate` is that of the training rows."""
+    """A label column: float32, 0 or 1. `positive_rate` is that of the training rows.
+
+    `weight` multiplies the task's loss; with `given`, rows count for it only where that other task's label is 1.
+    """
 
     name: str
     positive_rate: float
+    weight: float = 1.0
+    given: str | None = None
     dtype: Literal["float32"] = "float32"
 
 
 class Schema(_Record):
-    """The one contract between the ETL, training and serving."""
+    """The one contract between the ETL, training and serving. `group`: shards have an int64 column `group:`."""
 
     version: Literal[1] = 1
     features: tuple[IdFeature, ...]
     dense: tuple[DenseFeature, ...]
     tables: tuple[Table, ...]
     tasks: tuple[TaskColumn, ...]
+    group: bool = False
 
     def rows(self, table: str) -> int:
         """Rows of one table."""
@@ -83,6 +91,11 @@ class Schema(_Record):
     def task_names(self) -> list[str]:
         """Label columns; predictions come in this order."""
         return [task.name for task in self.tasks]
+
+    @property
+    def slot_names(self) -> list[str]:
+        """Columns of `ids_BS`: the feature of each slot."""
+        return [feature.name for feature in self.features for _ in range(feature.slots)]
 
     @property
     def slot_ends(self) -> list[int]:

@@ -11,11 +11,10 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from etl.faults import Fault
+from etl.pack import ARROW, text_keys, typed_column
 from etl.spec import Data, FeatureSpec, Task
-from etl.transform import typed_column
 
 _BLOCK_BYTES = 16 << 20
-_ARROW = {"string": pa.large_string(), "int64": pa.int64(), "float64": pa.float64()}
 
 
 def files(patterns: Sequence[str], *, what: str) -> list[Path]:
@@ -31,19 +30,23 @@ def files(patterns: Sequence[str], *, what: str) -> list[Path]:
 
 
 def read_batches(spec: FeatureSpec, paths: Sequence[Path]) -> Iterator[pa.RecordBatch]:
-    """Batches of all feature columns, typed and named as in the raw files, and a float32 column `label:<task>` a task.
+    """Batches of all feature columns, typed and named as in the raw files; a float32 column `label:<task>` a task; and
+    an int64 column `group:` where the spec names a group.
 
     Raises:
         Fault: an unreadable, empty or truncated file, a missing column, a value of the wrong type, a label not 0/1.
     """
-    features = spec.raw_columns()
+    features, separators = spec.raw_columns(), spec.separators()
     for path in paths:
         rows = 0
         for batch in _text_or_typed(spec.data, path, names=_needed(spec)):
             place = f"{path}: rows {rows + 1} to {rows + batch.num_rows}"
             columns = {
-                name: _typed(batch[name], name=name, dtype=dtype, place=place) for name, dtype in features.items()
+                name: _typed(_split(batch[name], separators.get(name)), name=name, dtype=dtype, place=place)
+                for name, dtype in features.items()
             }
+            if spec.data.group:
+                columns["group:"] = pa.array(text_keys(batch[spec.data.group].cast(pa.large_string())))
             columns |= {f"label:{t.name}": _labels(batch[t.label], task=t, place=place) for t in spec.tasks}
             rows += batch.num_rows
             yield pa.record_batch(columns)
@@ -69,7 +72,7 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> pa.Table:
         if path.suffix == ".parquet":
             return pq.read_table(path)
         if path.suffix in (".jsonl", ".json"):
-            schema = pa.schema([(name, _ARROW[dtype]) for name, dtype in columns.items()])
+            schema = pa.schema([(name, arrow_type(dtype)) for name, dtype in columns.items()])
             table = pa_json.read_json(path, parse_options=pa_json.ParseOptions(explicit_schema=schema))
             named = pa_json.read_json(path).column_names  # a schema makes nulls of columns that no line names
             return table.select([name for name in table.column_names if name in named])
@@ -80,8 +83,21 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> pa.Table:
     raise Fault(str(path), got=f"a '{path.suffix}' file", wanted=wanted, remedy="convert it")
 
 
+def arrow_type(dtype: str) -> pa.DataType:
+    """The Arrow type of a raw column."""
+    return pa.list_(ARROW[dtype[5:-1]]) if dtype.startswith("list<") else ARROW[dtype]
+
+
 def _needed(spec: FeatureSpec) -> list[str]:
-    return list(dict.fromkeys([*spec.raw_columns(), *(task.label for task in spec.tasks)]))
+    group = [spec.data.group] if spec.data.group else []
+    return list(dict.fromkeys([*spec.raw_columns(), *group, *(task.label for task in spec.tasks)]))
+
+
+def _split(column: pa.Array, separator: str | None) -> pa.Array:
+    """Text with several values -> lists; a column that holds lists stays as it is."""
+    if separator is None or not pa.types.is_large_string(column.type):
+        return column
+    return pc.split_pattern(column, separator)
 
 
 def _text_or_typed(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
@@ -145,19 +161,30 @@ def _clean(data: Data, batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _typed(column: pa.Array, *, name: str, dtype: str, place: str) -> pa.Array:
     """One feature column in its type; NaN of a float column is missing, infinity a fault."""
-    wanted = _ARROW[dtype]
     try:
-        from_text = pa.types.is_large_string(column.type) and dtype != "string"
-        array = column.cast(wanted) if from_text else typed_column(pa.chunked_array([column]), name=name, dtype=dtype)
+        column = _from_text(column, dtype)
+        array = typed_column(pa.chunked_array([column]), name=name, dtype=dtype)
     except (pa.ArrowInvalid, ValueError) as error:
-        kind = {"string": "text", "int64": "whole numbers", "float64": "numbers"}[dtype]
+        kind = dtype.replace("string", "text").replace("int64", "whole numbers").replace("float64", "numbers")
         remedy = "mend the file, name the text in [data] null_values, or change the feature's type"
         raise Fault(f"{place}, column '{name}'", got=str(error), wanted=kind, remedy=remedy) from None
     if dtype != "float64":
         return array
     if pc.any(pc.is_inf(array)).as_py():
         raise Fault(f"{place}, column '{name}'", got="infinity", wanted="finite numbers", remedy="mend the file")
-    return pc.if_else(pc.is_nan(array), pa.scalar(None, wanted), array)
+    return pc.if_else(pc.is_nan(array), pa.scalar(None, pa.float64()), array)
+
+
+def _from_text(column: pa.Array, dtype: str) -> pa.Array:
+    """Numbers that a text file holds as texts, also within lists."""
+    kind, inner = column.type, dtype.removeprefix("list<").removesuffix(">")
+    if inner == "string":
+        return column
+    if pa.types.is_large_string(kind):
+        return column.cast(ARROW[inner])
+    if pa.types.is_list(kind) and pa.types.is_large_string(kind.value_type):
+        return column.cast(pa.list_(ARROW[inner]))
+    return column
 
 
 def _labels(column: pa.Array, *, task: Task, place: str) -> pa.Array:

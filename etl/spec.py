@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from etl.artifact import digest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
-DType = Literal["string", "int64", "float64"]
+DType = Literal["string", "int64", "float64", "list<string>", "list<int64>", "list<float64>"]
 
 
 class Section(BaseModel):
@@ -32,6 +32,7 @@ class Data(Section):
     valid: list[str] = Field([], description="validation files; empty: [data.split] divides the training files")
     test: list[str] = Field(min_length=1, description="test files")
     columns: list[str] = Field([], description="column names of files without a header line")
+    group: str | None = Field(None, description="a whole-number or text column, such as the user, for AUC by group")
     null_values: list[str] = Field([""], description="texts that mean missing, compared after trimming")
     comment: str | None = Field(None, min_length=1, description="lines that start with this text are skipped")
     trim: bool = Field(True, description="remove spaces around each value")
@@ -44,31 +45,68 @@ class _Id(Section):
     linear_only: bool = Field(False, description="a first-order weight alone, no embedding vector")
 
 
-class Categorical(_Id):
-    """A string or integer id looked up in a vocabulary fitted on the training rows, or hashed."""
+class _Looked(_Id):
+    """What features with a vocabulary or a hash share. Features with one `table` share its rows and its settings."""
 
-    type: Literal["categorical"]
     name: Name | None = Field(None, description="defaults to the column's name")
     column: str | None = Field(None, description="the raw column; defaults to the name")
-    columns: list[Name] = Field([], description="several columns, each a feature of its own")
+    table: Name | None = Field(None, description="several features may share one; defaults to the name")
     dtype: Literal["string", "int64"] = Field("string", description="int64 reads whole numbers as categories")
     min_count: int = Field(1, ge=1, description="values seen less often in training go to row 0")
     max_rows: int | None = Field(None, ge=2, description="keep the most frequent values, row 0 included")
     hash_rows: int | None = Field(None, ge=2, description="no vocabulary: hash into this many rows, row 0 included")
 
+    @property
+    def rules(self) -> tuple[object, ...]:
+        """What features that share a table have to agree on."""
+        return self.dtype, self.min_count, self.max_rows, self.hash_rows, self.linear_only
+
+
+class Categorical(_Looked):
+    """A string or integer id looked up in a vocabulary fitted on the training rows, or hashed."""
+
+    type: Literal["categorical"]
+    columns: list[Name] = Field([], description="several columns, each a feature of its own")
+
+
+class _Listed(_Looked):
+    """Several ids a row: a list column, or in text files values parted by `separator`."""
+
+    max_length: int = Field(ge=1, le=1024, description="ids of a row")
+    separator: str = Field("|", min_length=1, description="csv and tsv: what parts the values")
+    combiner: Literal["sum", "mean"] = Field("sum", description="how the vectors of a row become one")
+
+
+class Bag(_Listed):
+    """A set of ids, each with a weight where a weight column is given. A longer one than `max_length` is a fault."""
+
+    type: Literal["bag"]
+    weight_column: str | None = Field(None, description="a list of numbers, one an id, that multiply the rows")
+
+
+class Sequence(_Listed):
+    """Ids in the order of time, oldest first; of a longer one than `max_length` the newest are kept."""
+
+    type: Literal["sequence"]
+    combiner: Literal["sum", "mean"] = Field("mean", description="for models that pool the sequence")
+
 
 class Numeric(_Id):
-    """A number, fed to the dense input or cut into buckets that are looked up like ids."""
+    """A number: a dense input, buckets that are looked up like ids, or a field, one row multiplied by the number."""
 
     type: Literal["numeric"]
     name: Name | None = Field(None, description="defaults to the column's name")
     column: str | None = Field(None, description="the raw column; defaults to the name")
     columns: list[Name] = Field([], description="several columns, each a feature of its own")
-    as_: Literal["dense", "buckets"] = Field("dense", alias="as")
-    fill: float | Literal["mean"] = Field("mean", description="dense: value of a missing number (training mean)")
-    clip: tuple[float, float] | None = Field(None, description="dense: lowest and highest value kept", strict=False)
-    log1p: bool = Field(False, description="dense: log(1 + x); values below 0 count as 0")
-    standardize: bool = Field(True, description="dense: subtract the training mean, divide by the deviation")
+    as_: Literal["dense", "field", "buckets"] = Field("dense", alias="as")
+    fill: float | Literal["mean"] = Field(
+        "mean", description="dense and field: value of a missing number (training mean)"
+    )
+    clip: tuple[float, float] | None = Field(
+        None, description="dense and field: lowest and highest value kept", strict=False
+    )
+    log1p: bool = Field(False, description="dense and field: log(1 + x); values below 0 count as 0")
+    standardize: bool = Field(True, description="dense and field: subtract the training mean, divide by the deviation")
     boundaries: list[float] = Field([], description="buckets: ascending inner edges; x < edge stays left")
     quantiles: int | None = Field(None, ge=2, description="buckets: this many, with edges at training quantiles")
 
@@ -76,8 +114,10 @@ class Numeric(_Id):
     def _bucket_edges(self) -> "Numeric":
         if self.as_ == "buckets" and bool(self.boundaries) == (self.quantiles is not None):
             raise ValueError("as = 'buckets' needs either 'boundaries' or 'quantiles'")
-        if self.as_ == "dense" and (self.boundaries or self.quantiles or self.linear_only):
-            raise ValueError("'boundaries', 'quantiles' and 'linear_only' belong to as = 'buckets'")
+        if self.as_ != "buckets" and (self.boundaries or self.quantiles):
+            raise ValueError("'boundaries' and 'quantiles' belong to as = 'buckets'")
+        if self.as_ == "dense" and self.linear_only:
+            raise ValueError("'linear_only' belongs to as = 'buckets' and as = 'field'")
         if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
             raise ValueError("'boundaries' must ascend")
         if self.clip and self.clip[0] >= self.clip[1]:
@@ -94,7 +134,7 @@ class Cross(_Id):
     hash_rows: int = Field(ge=2, description="rows of the table, row 0 (a part is missing) included")
 
 
-Feature = Annotated[Categorical | Numeric | Cross, Field(discriminator="type")]
+Feature = Annotated[Categorical | Bag | Sequence | Numeric | Cross, Field(discriminator="type")]
 
 
 class Task(Section):
@@ -104,6 +144,9 @@ class Task(Section):
     column: str | None = Field(None, description="the raw column; defaults to the name")
     positive: list[str] = Field([], description="texts that mean 1; empty: the column holds 0 and 1")
     negative: list[str] = Field([], description="texts that mean 0")
+    weight: float = Field(1.0, ge=0, description="factor of this task's loss")
+    given: Name | None = Field(None, description="rows count for this task only where that other task's label is 1")
+    implies: Name | None = Field(None, description="a 1 here where that other task has a 0 is a fault in the data")
 
     @model_validator(mode="after")
     def _both_sides(self) -> "Task":
@@ -142,6 +185,11 @@ class FeatureSpec(Section):
         names = [str(feature.name) for feature in resolved] + [task.name for task in self.tasks]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"features and tasks need names of their own; named twice: {', '.join(repeated)}")
+        for task in self.tasks:
+            others = {other.name for other in self.tasks} - {task.name}
+            for key, named in (("given", task.given), ("implies", task.implies)):
+                if named is not None and named not in others:
+                    raise ValueError(f"task '{task.name}': {key} = '{named}' is no other task")
         ids = {
             f.name for f in resolved if isinstance(f, Categorical) or (isinstance(f, Numeric) and f.as_ == "buckets")
         }
@@ -151,6 +199,7 @@ class FeatureSpec(Section):
                     f"cross '{feature.name}': inputs must be categorical or bucket features, not {unknown}"
                 )
         self.raw_columns()
+        self.shared_tables()
         return self
 
     def data_hash(self) -> str:
@@ -160,28 +209,70 @@ class FeatureSpec(Section):
     def raw_columns(self) -> dict[str, DType]:
         """Raw feature columns with the type in which they are read, in the order of first use."""
         types: dict[str, DType] = {}
-        for feature in resolve(self.features):
-            if isinstance(feature, Cross):
-                continue
-            wanted: DType = feature.dtype if isinstance(feature, Categorical) else "float64"
-            column = column_of(feature)
+        for column, wanted in self._uses():
             pair = {types.setdefault(column, wanted), wanted}
             if pair == {"int64", "float64"}:
                 types[column] = "int64"
             elif len(pair) > 1:
-                raise ValueError(f"column '{column}' is read both as text and as a number: set dtype = 'int64'")
+                raise ValueError(f"column '{column}' is read as {' and as '.join(sorted(pair))}: set dtype = 'int64'")
         return types
 
+    def _uses(self) -> Iterator[tuple[str, DType]]:
+        for feature in resolve(self.features):
+            if isinstance(feature, Bag | Sequence):
+                yield column_of(feature), "list<string>" if feature.dtype == "string" else "list<int64>"
+                if isinstance(feature, Bag) and feature.weight_column:
+                    yield feature.weight_column, "list<float64>"
+            elif not isinstance(feature, Cross):
+                yield column_of(feature), feature.dtype if isinstance(feature, Categorical) else "float64"
 
-def resolve(features: list[Feature]) -> Iterator[Categorical | Numeric | Cross]:
+    def slots(self) -> dict[str, int]:
+        """The longest list of each list column that a packed row has room for."""
+        found: dict[str, int] = {}
+        for feature in resolve(self.features):
+            if isinstance(feature, Bag | Sequence):
+                weights = feature.weight_column if isinstance(feature, Bag) else None
+                for column in filter(None, (column_of(feature), weights)):
+                    if found.setdefault(column, feature.max_length) != feature.max_length:
+                        raise ValueError(f"column '{column}' is read with two values of max_length")
+        return found
+
+    def separators(self) -> dict[str, str]:
+        """What parts the values of each list column in text files; weights are parted as their ids."""
+        found: dict[str, str] = {}
+        for feature in resolve(self.features):
+            if isinstance(feature, Bag | Sequence):
+                weights = feature.weight_column if isinstance(feature, Bag) else None
+                found |= {column: feature.separator for column in (column_of(feature), weights) if column}
+        return found
+
+    def shared_tables(self) -> dict[str, list[Categorical | Bag | Sequence]]:
+        """Features by table, of those that have a vocabulary or a hash."""
+        tables: dict[str, list[Categorical | Bag | Sequence]] = {}
+        for feature in resolve(self.features):
+            if isinstance(feature, Categorical | Bag | Sequence):
+                tables.setdefault(table_of(feature), []).append(feature)
+        for table, users in tables.items():
+            if len({user.rules for user in users}) > 1:
+                names = ", ".join(str(user.name) for user in users)
+                keys = "dtype, min_count, max_rows, hash_rows and linear_only"
+                raise ValueError(f"features {names} share the table '{table}' and have to agree on {keys}")
+        others = [str(f.name) for f in resolve(self.features) if isinstance(f, Cross | Numeric)]
+        if taken := sorted(set(tables) & set(others)):
+            raise ValueError(f"table '{taken[0]}' has the name of another feature's own table")
+        self.slots()
+        return tables
+
+
+def resolve(features: list[Feature]) -> Iterator[Categorical | Bag | Sequence | Numeric | Cross]:
     """Blocks that name several columns become one feature a column; every name is set."""
     for index, feature in enumerate(features):
         if isinstance(feature, Cross):
             yield feature
-        elif feature.columns and (feature.name or feature.column):
-            raise ValueError(f"features.{index}: 'columns' excludes 'name' and 'column'")
-        elif feature.columns:
-            for column in feature.columns:
+        elif columns := getattr(feature, "columns", []):
+            if feature.name or feature.column:
+                raise ValueError(f"features.{index}: 'columns' excludes 'name' and 'column'")
+            for column in columns:
                 yield feature.model_copy(update={"name": column, "column": column, "columns": []})
         elif name := feature.name or feature.column:
             yield feature.model_copy(update={"name": name, "column": feature.column or name})
@@ -189,6 +280,11 @@ def resolve(features: list[Feature]) -> Iterator[Categorical | Numeric | Cross]:
             raise ValueError(f"features.{index}: needs 'name', 'column' or 'columns'")
 
 
-def column_of(feature: Categorical | Numeric) -> str:
+def column_of(feature: Categorical | Bag | Sequence | Numeric) -> str:
     """The raw column of a resolved feature."""
     return feature.column or feature.name or ""
+
+
+def table_of(feature: Categorical | Bag | Sequence) -> str:
+    """The table of a resolved feature."""
+    return feature.table or feature.name or ""

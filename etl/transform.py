@@ -1,9 +1,10 @@
 """The fitted transform: raw rows -> packed request -> ids and dense values.
 
 The same file runs in the ETL, in offline scoring and, copied into a bundle, inside the model server, so it imports
-nothing of ours. It has two halves. `Packer` needs no fitted state and runs at the client: texts become 64-bit keys
-(FNV-1a over UTF-8), whole numbers are their own keys, and the lowest value of a type stands for missing. `Transform`
-holds the fitted state and turns packed rows into table rows (row 0 = missing or unseen) and dense values.
+nothing of ours. Raw rows are packed without any fitted state (`etl/pack.py`, also at the client): texts become 64-bit
+keys, whole numbers are their own keys, the lowest value of a type stands for missing, and a list takes as many columns
+as it may have values, the unused ones last. `Transform` holds the fitted state and turns packed rows into table rows
+(row 0 = missing or unseen, -1 = no value) and floats.
 """
 
 import json
@@ -14,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 Int64s = npt.NDArray[np.int64]
@@ -26,8 +25,9 @@ State = Mapping[str, Any]
 """A part of transform.json, or of the signature, as JSON values."""
 
 MISSING_KEY = np.iinfo(np.int64).min
+NO_KEY = MISSING_KEY + 1
+RESERVED_KEYS = (MISSING_KEY, NO_KEY)
 MISSING_NUMBER = float(np.finfo(np.float64).min)
-_FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 
 
 @dataclass(frozen=True)
@@ -40,42 +40,20 @@ class Packed:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the network reads: ids int64 [B, F], dense float32 [B, N]; missing int64 [F] counts the absent values."""
+    """What the network reads: ids int64 [B, S], floats float32 [B, N], in the order of the schema.
+
+    By feature [F]: `missing` counts absent values, `unseen` values that were there but have no row of their own.
+    """
 
     ids: Int64s
-    dense: Float32s
+    floats: Float32s
     missing: Int64s
-
-    @property
-    def unseen(self) -> Int64s:
-        """Values by feature [F] that were there but have no row of their own."""
-        unseen: Int64s = (self.ids == 0).sum(axis=0) - self.missing
-        return unseen
+    unseen: Int64s
 
 
-def text_keys(values: pa.Array) -> Int64s:
-    """FNV-1a 64 of each text's UTF-8 bytes as a signed number; a null is MISSING_KEY."""
-    encoded = values.cast(pa.large_string()).dictionary_encode()
-    keys = np.append(_fnv1a(encoded.dictionary), MISSING_KEY)
-    index: Int64s = encoded.indices.fill_null(len(keys) - 1).to_numpy(zero_copy_only=False)
-    taken: Int64s = keys[index]
-    return taken
-
-
-def _fnv1a(texts: pa.Array) -> Int64s:
-    """One byte position at a time, over all texts that are long enough to have it."""
-    size, start = len(texts), texts.offset
-    offsets = np.frombuffer(texts.buffers()[1], np.int64)[start : start + size + 1] if size else np.zeros(1, np.int64)
-    data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
-    lengths = np.diff(offsets)
-    order = np.argsort(-lengths, kind="stable")
-    hashes = np.full(size, _FNV_OFFSET, np.uint64)
-    for position in range(int(lengths.max(initial=0))):
-        longer = order[: int(np.count_nonzero(lengths > position))]
-        byte = data[offsets[:-1][longer] + position].astype(np.uint64)
-        hashes[longer] = (hashes[longer] ^ byte) * _FNV_PRIME
-    keys = hashes.view(np.int64)
-    return np.where(keys == MISSING_KEY, MISSING_KEY + 1, keys)
+def not_reserved(keys: Int64s) -> Int64s:
+    """Hashes that happen to be a key with a meaning are moved beside."""
+    return np.where(np.isin(keys, RESERVED_KEYS), NO_KEY + 1, keys)
 
 
 def mix(keys: Int64s) -> npt.NDArray[np.uint64]:
@@ -94,81 +72,39 @@ def hashed_rows(keys: Int64s, *, rows: int) -> Int64s:
 
 
 @dataclass(frozen=True)
-class Packer:
-    """The stateless half. `columns` maps each raw column to "string", "int64" or "float64"."""
+class Signature:
+    """What a client has to know to pack a request.
+
+    `columns` maps each raw column to "string", "int64", "float64" or a list<> of these; `keys` and `numbers` name the
+    columns of the two packed matrices. `slots` holds the longest list of each list column, `newest` the list columns
+    that lose their oldest values where they are longer; another list that is too long is a fault.
+    """
 
     columns: Mapping[str, str]
     keys: tuple[str, ...]
     numbers: tuple[str, ...]
+    slots: Mapping[str, int]
+    newest: tuple[str, ...]
 
     @classmethod
-    def from_signature(cls, signature: State) -> "Packer":
-        """From `signature()`, after a trip through JSON."""
-        return cls(dict(signature["columns"]), tuple(signature["keys"]), tuple(signature["numbers"]))
+    def from_json(cls, signature: State) -> "Signature":
+        """From `as_json()`, after a trip through JSON."""
+        keys, numbers, newest = (tuple(signature[name]) for name in ("keys", "numbers", "newest"))
+        return cls(dict(signature["columns"]), keys, numbers, dict(signature["slots"]), newest)
 
-    def signature(self) -> State:
-        """What a client has to know, as JSON values."""
-        return {"columns": dict(self.columns), "keys": list(self.keys), "numbers": list(self.numbers)}
+    def as_json(self) -> State:
+        """As JSON values."""
+        lists = {"keys": list(self.keys), "numbers": list(self.numbers), "newest": list(self.newest)}
+        return {"columns": dict(self.columns), "slots": dict(self.slots), **lists}
 
-    def pack(self, table: pa.Table) -> Packed:
-        """Raw rows to a packed request.
+    def places(self, names: Sequence[str]) -> dict[str, slice]:
+        """Where each column of `keys` or of `numbers` stands in the packed matrix."""
+        ends = np.cumsum([self.slots.get(name, 1) for name in names]).tolist()
+        return {name: slice(end - self.slots.get(name, 1), end) for name, end in zip(names, ends, strict=True)}
 
-        Raises:
-            ValueError: an unknown or absent column, a value of the wrong type, NaN or infinity; names the column.
-        """
-        if faults := self._column_faults(table.column_names):
-            raise ValueError("; ".join(faults))
-        typed = {name: typed_column(table[name], name=name, dtype=dtype) for name, dtype in self.columns.items()}
-        size = table.num_rows
-        keys = [_keys(typed[name], name=name) for name in self.keys]
-        numbers = [_numbers(typed[name], name=name) for name in self.numbers]
-        return Packed(
-            np.stack(keys, axis=1) if keys else np.empty((size, 0), np.int64),
-            np.stack(numbers, axis=1) if numbers else np.empty((size, 0), np.float64),
-        )
-
-    def _column_faults(self, names: Sequence[str]) -> list[str]:
-        unknown, absent = sorted(set(names) - set(self.columns)), sorted(set(self.columns) - set(names))
-        faults = [f"unknown column '{name}'" for name in unknown] + [f"column '{name}' is missing" for name in absent]
-        return faults + [f"column '{name}' comes twice" for name in {n for n in names if list(names).count(n) > 1}]
-
-
-def typed_column(column: pa.ChunkedArray, *, name: str, dtype: str) -> pa.Array:
-    """Checks the kind of value before any cast: a float is no id and a text is no number."""
-    kind, array = column.type, column.combine_chunks()
-    if pa.types.is_dictionary(kind):
-        array, kind = array.cast(kind.value_type), kind.value_type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    allowed = (
-        pa.types.is_null(kind)
-        or {
-            "string": text,
-            "int64": pa.types.is_integer(kind),
-            "float64": pa.types.is_integer(kind) or pa.types.is_floating(kind),
-        }[dtype]
-    )
-    if not allowed:
-        raise ValueError(f"column '{name}' holds {kind}, wanted {dtype}")
-    wanted = {"string": pa.large_string(), "int64": pa.int64(), "float64": pa.float64()}[dtype]
-    try:
-        return array.cast(wanted)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"column '{name}': {error}, wanted {dtype}") from None
-
-
-def _keys(array: pa.Array, *, name: str) -> Int64s:
-    if array.type == pa.large_string():
-        return text_keys(array)
-    if array.null_count < len(array) and pc.min(array).as_py() == MISSING_KEY:
-        raise ValueError(f"column '{name}' holds {MISSING_KEY}, which stands for missing: send null")
-    keys: Int64s = array.fill_null(MISSING_KEY).to_numpy(zero_copy_only=False)
-    return keys
-
-
-def _numbers(array: pa.Array, *, name: str) -> Float64s:
-    numbers: Float64s = array.cast(pa.float64(), safe=False).fill_null(MISSING_NUMBER).to_numpy(zero_copy_only=False)
-    check_numbers(numbers[:, None], [name])
-    return numbers
+    def packed_names(self, names: Sequence[str]) -> list[str]:
+        """The raw column behind each column of the packed matrix."""
+        return [name for name in names for _ in range(self.slots.get(name, 1))]
 
 
 def check_numbers(numbers: Float64s, names: Sequence[str]) -> None:
@@ -197,7 +133,7 @@ class Vocabulary:
     def __call__(self, keys: Int64s) -> Int64s:
         """Rows of the keys; 0 where unseen or missing."""
         if not len(self.keys):
-            return np.zeros(len(keys), np.int64)
+            return np.zeros_like(keys)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return np.where(self.keys[at] == keys, self.rows[at], 0)
 
@@ -206,55 +142,83 @@ class Transform:
     """The fitted state of a dataset folder's `transform/`."""
 
     def __init__(self, state: State, vocabularies: Mapping[str, Vocabulary]) -> None:
-        self.packer = Packer.from_signature(state["signature"])
-        self.columns = dict(self.packer.columns)
+        self.signature = Signature.from_json(state["signature"])
         self.features: list[State] = state["features"]
         self.dense: list[State] = state["dense"]
         self._vocabularies = vocabularies
+        self._key_places = self.signature.places(self.signature.keys)
+        self._number_places = self.signature.places(self.signature.numbers)
 
     @classmethod
     def load(cls, folder: Path) -> "Transform":
         """Reads `transform.json` and the vocabularies it names."""
         state = json.loads((folder / "transform.json").read_text(encoding="utf-8"))
-        tables = [step["name"] for step in state["features"] if step["kind"] == "vocabulary"]
-        return cls(state, {t: Vocabulary.read(folder / "vocabulary" / f"{t}.parquet") for t in tables})
-
-    def signature(self) -> State:
-        """What a client has to know to pack a request, as JSON values."""
-        return self.packer.signature()
-
-    def pack(self, table: pa.Table) -> Packed:
-        """See `Packer.pack`."""
-        return self.packer.pack(table)
+        tables = {step["table"] for step in state["features"] if step["kind"] == "vocabulary"}
+        return cls(state, {t: Vocabulary.read(folder / "vocabulary" / f"{t}.parquet") for t in sorted(tables)})
 
     def apply(self, packed: Packed) -> Encoded:
-        """Packed rows [B, ...] to ids [B, F] and dense values [B, N]; never fails on checked numbers."""
-        size = len(packed.keys)
-        ids = np.zeros((size, len(self.features)), np.int64)
+        """Packed rows [B, ...] that passed `check` to ids [B, S] and floats [B, N]; never fails."""
         keys: dict[str, Int64s] = {}
-        for at, step in enumerate(self.features):
+        ids, values = [], []
+        for step in self.features:
             keys[step["name"]] = key = self._key(step, packed=packed, keys=keys)
-            ids[:, at] = self._rows(step, key)
-        dense = np.zeros((size, len(self.dense)), np.float32)
-        for at, step in enumerate(self.dense):
-            dense[:, at] = scale(packed.numbers[:, self.packer.numbers.index(step["column"])], step)
+            ids.append(self._rows(step, key))
+            if (value := self._values(step, packed=packed)) is not None:
+                values.append(value)
+        size, none = len(packed.keys), np.zeros((len(packed.keys), 0))
+        dense = [scale(packed.numbers[:, self._number_places[step["column"]]], step) for step in self.dense]
         missing = np.array([np.count_nonzero(key == MISSING_KEY) for key in keys.values()], np.int64)
-        return Encoded(ids, dense, missing)
+        zeros = np.array([np.count_nonzero(rows == 0) for rows in ids], np.int64)
+        return Encoded(
+            np.concatenate([np.zeros((size, 0), np.int64), *ids], axis=1),
+            np.concatenate([none, *dense, *values], axis=1).astype(np.float32),
+            missing,
+            zeros - missing,
+        )
 
     def _key(self, step: State, *, packed: Packed, keys: Mapping[str, Int64s]) -> Int64s:
-        """The value of an id feature before its table is looked up."""
-        if step["kind"] == "cross":
+        """The values [B, slots] of an id feature before its table is looked up."""
+        kind = step["kind"]
+        if kind == "cross":
             return _crossed([keys[name] for name in step["inputs"]])
-        if step["kind"] == "buckets":
-            return bucket_keys(packed.numbers[:, self.packer.numbers.index(step["column"])], step["boundaries"])
-        return packed.keys[:, self.packer.keys.index(step["column"])]
+        if kind == "buckets":
+            return bucket_keys(packed.numbers[:, self._number_places[step["column"]]], step["boundaries"])
+        if kind == "field":
+            return np.ones((len(packed.keys), 1), np.int64)
+        return packed.keys[:, self._key_places[step["column"]]]
 
     def _rows(self, step: State, key: Int64s) -> Int64s:
         if step["kind"] == "vocabulary":
-            return self._vocabularies[step["name"]](key)
-        if step["kind"] == "buckets":
-            return np.where(key == MISSING_KEY, 0, key + 1)
-        return hashed_rows(key, rows=step["rows"])
+            rows = self._vocabularies[step["table"]](key)
+        elif step["kind"] == "buckets":
+            rows = np.where(key == MISSING_KEY, 0, key + 1)
+        elif step["kind"] == "field":
+            rows = key
+        else:
+            rows = hashed_rows(key, rows=step["rows"])
+        return np.where(key == NO_KEY, -1, rows)
+
+    def _values(self, step: State, *, packed: Packed) -> Float64s | None:
+        """What multiplies the rows [B, slots] of a field or of a bag with weights."""
+        if step["kind"] == "field":
+            return scale(packed.numbers[:, self._number_places[step["column"]]], step)
+        if not step.get("weights"):
+            return None
+        weights = packed.numbers[:, self._number_places[step["weights"]]]
+        return np.where(weights == MISSING_NUMBER, 0.0, weights)
+
+    def check(self, packed: Packed) -> None:
+        """Raises ValueError naming the column: NaN or infinity, or an id without a weight or a weight without an id."""
+        check_numbers(packed.numbers, self.signature.packed_names(self.signature.numbers))
+        for step in self.features:
+            if not step.get("weights"):
+                continue
+            absent = packed.numbers[:, self._number_places[step["weights"]]] == MISSING_NUMBER
+            odd = absent != (packed.keys[:, self._key_places[step["column"]]] == NO_KEY)
+            if odd.any():
+                row = int(np.argwhere(odd)[0][0])
+                columns = f"columns '{step['column']}' and '{step['weights']}'"
+                raise ValueError(f"{columns} have lists of different lengths, or a null weight, at row {row}")
 
 
 def bucket_keys(numbers: Float64s, boundaries: Sequence[float]) -> Int64s:
@@ -265,11 +229,11 @@ def bucket_keys(numbers: Float64s, boundaries: Sequence[float]) -> Int64s:
 
 def _crossed(parts: Sequence[Int64s]) -> Int64s:
     """One key of several, in their order; missing where a part is."""
-    crossed = np.zeros(len(parts[0]), np.int64)
+    crossed = np.zeros_like(parts[0])
     for part in parts:
         crossed = mix(crossed ^ mix(part).view(np.int64)).view(np.int64)
     missing = np.any([part == MISSING_KEY for part in parts], axis=0)
-    return np.where(missing, MISSING_KEY, np.where(crossed == MISSING_KEY, MISSING_KEY + 1, crossed))
+    return np.where(missing, MISSING_KEY, not_reserved(crossed))
 
 
 def scale(numbers: Float64s, step: State) -> Float64s:

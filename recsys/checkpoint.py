@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from etl.artifact import read_json, write_json, write_text
 from etl.faults import Fault
-from recsys.parallel.shard import DistributedModelParallel
+from recsys.parallel.shard import Sharded
 from recsys.parallel.state import save
 from recsys.parallel.world import World, barrier
 
@@ -20,7 +20,11 @@ _MARKER = "complete"
 
 
 class Progress(BaseModel):
-    """Where training stands. `position` counts the epoch's rows taken by all ranks, `rows` those of the whole run."""
+    """Where training stands. `position` counts the epoch's rows taken by all ranks, `rows` those of the whole run.
+
+    `without_gain` counts evaluations since the best one, `cuts` how often the learning rates were lowered and
+    `since_cut` evaluations without a gain since the last time.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,6 +37,8 @@ class Progress(BaseModel):
     best: float | None = None
     best_step: int = 0
     without_gain: int = 0
+    cuts: int = 0
+    since_cut: int = 0
     finished: bool = False
 
 
@@ -59,7 +65,7 @@ def read_progress(folder: Path) -> Progress:
 
 
 def save_checkpoint(
-    run: Path, progress: Progress, *, model: DistributedModelParallel, optimizer: Optimizer, world: World, keep: int
+    run: Path, progress: Progress, *, sharded: Sharded, optimizer: Optimizer, world: World, keep: int
 ) -> None:
     """All ranks write their shards beside the place, rank 0 moves the whole there and drops what is too old."""
     folder = run / "checkpoints" / f"step-{progress.step}"
@@ -68,7 +74,7 @@ def save_checkpoint(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     barrier()
-    save(beside, model, optimizer=optimizer)
+    save(beside, sharded, optimizer=optimizer)
     barrier()
     if world.rank == 0:
         write_json(beside / "progress.json", progress.model_dump())

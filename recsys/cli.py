@@ -126,5 +126,7 @@ def _load(path: Path, overrides: list[str] | None) -> "Experiment":
 
 
 def _line(metrics: dict[str, Any], split: str) -> str:
-    figures = [f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)]
+    shown = ("auc", "logloss", "ne", "calibration", "accuracy", "gauc")
+    found = {name: metrics[name] for name in metrics if name.split("/")[-1] in shown}
+    figures = [f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
     return f"{split}: {', '.join(figures)}"

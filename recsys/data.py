@@ -5,13 +5,10 @@ k takes the next `ranks x batch_size` rows and each rank its slice of them, so a
 and a position (rows taken by all ranks) is all that a checkpoint has to keep.
 """
 
-import contextlib
-import queue
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +18,10 @@ import torch
 
 from etl.artifact import read_json
 from etl.faults import Fault
-from etl.schema import Schema, read_schema
-from recsys.batch import Batch
+from etl.schema import GROUP, IdFeature, Schema, read_schema
+from recsys.ahead import ahead
 
-T = TypeVar("T")
 _WINDOW_GROUPS = 16
-_AHEAD = 8
 _REMEDY = "run 'python -m etl run' again"
 
 
@@ -40,15 +35,41 @@ class RowGroup:
 
 
 class Rows(NamedTuple):
-    """Rows in memory: ids int64 [R, F], dense float32 [R, N], labels float32 [R, T]."""
+    """Rows in memory: ids int64 [R, S], floats float32 [R, N], labels float32 [R, T], groups int64 [R, 1 or 0]."""
 
-    ids_RF: npt.NDArray[np.int64]
-    dense_RN: npt.NDArray[np.float32]
+    ids_RS: npt.NDArray[np.int64]
+    floats_RN: npt.NDArray[np.float32]
     labels_RT: npt.NDArray[np.float32]
+    groups_RG: npt.NDArray[np.int64]
 
     def take(self, which: slice | npt.NDArray[np.int64]) -> "Rows":
         """Some of the rows."""
-        return Rows(self.ids_RF[which], self.dense_RN[which], self.labels_RT[which])
+        return Rows(self.ids_RS[which], self.floats_RN[which], self.labels_RT[which], self.groups_RG[which])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's rows of one step: ids and groups int64, the rest float32.
+
+    `weights_BT` is 1 where a row counts for a task and 0 where it does not: on rows that fill up the last step (copies
+    of its real rows, so that batch statistics stay sound) and where the task's condition does not hold. `global_rows`
+    counts the real rows of the step over all ranks.
+    """
+
+    ids_BS: torch.Tensor
+    floats_BN: torch.Tensor
+    labels_BT: torch.Tensor
+    groups_BG: torch.Tensor
+    real_B: torch.Tensor
+    weights_BT: torch.Tensor
+    global_rows: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows on a device, copied without waiting."""
+        ids_BS, groups_BG = (t.to(device, non_blocking=True) for t in (self.ids_BS, self.groups_BG))
+        floats = (self.floats_BN, self.labels_BT, self.real_B, self.weights_BT)
+        floats_BN, labels_BT, real_B, weights_BT = (t.to(device, non_blocking=True) for t in floats)
+        return Batch(ids_BS, floats_BN, labels_BT, groups_BG, real_B, weights_BT, self.global_rows)
 
 
 @dataclass(frozen=True)
@@ -89,14 +110,14 @@ class Split:
 
     def in_file_order(self, mine: Slice) -> Iterator[Batch]:
         """All rows once, for evaluation."""
-        return _ahead(self._steps([[group] for group in self._groups], mine, start=0, order=None))
+        return ahead(self._steps([[group] for group in self._groups], mine, start=0, order=None))
 
     def shuffled(self, mine: Slice, *, seed: int, epoch: int, start: int) -> Iterator[Batch]:
         """The rest of an epoch from the global row `start`; the order depends on seed and epoch alone."""
         order = np.random.default_rng([seed, epoch])
         groups = [self._groups[at] for at in order.permutation(len(self._groups))]
         windows = [groups[at : at + _WINDOW_GROUPS] for at in range(0, len(groups), _WINDOW_GROUPS)]
-        return _ahead(self._steps(windows, mine, start=start, order=order))
+        return ahead(self._steps(windows, mine, start=start, order=order))
 
     def _steps(
         self, windows: Sequence[Sequence[RowGroup]], mine: Slice, *, start: int, order: np.random.Generator | None
@@ -104,16 +125,16 @@ class Split:
         kept: list[Rows] = []
         for rows in self._windows(windows, start=start, order=order):
             kept.append(rows)
-            held = sum(len(part.ids_RF) for part in kept)
+            held = sum(len(part.ids_RS) for part in kept)
             if held < mine.step_rows:
                 continue
             joined = _join(kept)
             whole = held - held % mine.step_rows
             for at in range(0, whole, mine.step_rows):
-                yield _batch(joined.take(slice(at, at + mine.step_rows)), mine)
+                yield self._batch(joined.take(slice(at, at + mine.step_rows)), mine)
             kept = [joined.take(slice(whole, held))]
-        if sum(len(part.ids_RF) for part in kept):
-            yield _batch(_join(kept), mine)
+        if sum(len(part.ids_RS) for part in kept):
+            yield self._batch(_join(kept), mine)
 
     def _windows(
         self, windows: Sequence[Sequence[RowGroup]], *, start: int, order: np.random.Generator | None
@@ -130,16 +151,43 @@ class Split:
 
     def _read(self, group: RowGroup) -> Rows:
         schema, file = self._schema, pq.ParquetFile(group.file)
-        names = [*schema.id_names, *schema.dense_names, *schema.task_names]
+        values = [f"{feature.name}:value" for feature in schema.features if feature.weighted]
+        groups = [GROUP] if schema.group else []
+        names = [*schema.id_names, *schema.dense_names, *values, *schema.task_names, *groups]
         if absent := sorted(set(names) - set(file.schema_arrow.names)):
             raise Fault(str(group.file), got=f"no column {', '.join(absent)}", wanted="the schema's", remedy=_REMEDY)
         table = file.read_row_group(group.index, columns=names, use_threads=False)
-        ids: npt.NDArray[np.int64] = _matrix(table, schema.id_names, place=group.file, dtype=pa.int64())
-        for at, feature in enumerate(schema.features):
-            _check_ids(ids[:, at], rows=schema.rows(feature.table), place=f"{group.file}: column '{feature.name}'")
-        dense = _matrix(table, schema.dense_names, place=group.file, dtype=pa.float32())
-        labels = _matrix(table, schema.task_names, place=group.file, dtype=pa.float32())
-        return Rows(ids, dense, labels)
+        ids = np.full((table.num_rows, schema.slot_ends[-1] if schema.features else 0), -1, np.int64)
+        floats = np.zeros((table.num_rows, len(schema.float_names)), np.float32)
+        for at, name in enumerate(schema.dense_names):
+            floats[:, at] = _column(table, name, place=group.file, dtype=pa.float32())
+        at = len(schema.dense)
+        for feature, end in zip(schema.features, schema.slot_ends, strict=True):
+            into = ids[:, end - feature.slots : end]
+            _fill(into, table, name=feature.name, place=group.file, dtype=pa.int64())
+            _check_ids(into, feature, rows=schema.rows(feature.table), place=f"{group.file}: column '{feature.name}'")
+            if feature.weighted:
+                into_values = floats[:, at : at + feature.slots]
+                _fill(into_values, table, name=f"{feature.name}:value", place=group.file, dtype=pa.float32())
+                at += feature.slots
+        labels = np.empty((table.num_rows, len(schema.tasks)), np.float32)
+        for at, name in enumerate(schema.task_names):
+            labels[:, at] = _column(table, name, place=group.file, dtype=pa.float32())
+        of_group = [_column(table, name, place=group.file, dtype=pa.int64())[:, None] for name in groups]
+        return Rows(ids, floats, labels, np.concatenate([np.zeros((len(ids), 0), np.int64), *of_group], axis=1))
+
+    def _batch(self, rows: Rows, mine: Slice) -> Batch:
+        """This rank's slice of one step, filled up to full size with copies of the step's rows."""
+        count = len(rows.ids_RS)
+        place = np.arange(mine.rank * mine.batch_size, (mine.rank + 1) * mine.batch_size)
+        own = rows if mine.step_rows == count and mine.ranks == 1 else rows.take(place % count)
+        ids, floats, labels, groups = (torch.from_numpy(part) for part in own)
+        real = torch.from_numpy((place < count).astype(np.float32))
+        weights = real[:, None].repeat(1, len(self._schema.tasks))
+        for at, task in enumerate(self._schema.tasks):
+            if task.given is not None:
+                weights[:, at] *= labels[:, self._schema.task_names.index(task.given)]
+        return Batch(ids, floats, labels, groups, real, weights, global_rows=count)
 
 
 def _row_groups(folder: Path) -> list[RowGroup]:
@@ -155,80 +203,39 @@ def _row_groups(folder: Path) -> list[RowGroup]:
     return found
 
 
-def _matrix(table: pa.Table, names: Sequence[str], *, place: Path, dtype: pa.DataType) -> npt.NDArray[Any]:
-    """Columns side by side, row after row."""
-    matrix = np.empty((table.num_rows, len(names)), np.int64 if dtype == pa.int64() else np.float32)
-    for at, name in enumerate(names):
-        column = table[name]
-        if column.type != dtype or column.null_count:
-            got = f"column '{name}' of {column.type} with {column.null_count} nulls"
-            raise Fault(str(place), got=got, wanted=f"{dtype} without nulls", remedy=_REMEDY)
-        matrix[:, at] = column.to_numpy()
-    return matrix
+def _column(table: pa.Table, name: str, *, place: Path, dtype: pa.DataType) -> npt.NDArray[Any]:
+    """One column of single values."""
+    column = table[name]
+    if column.type != dtype or column.null_count:
+        got = f"column '{name}' of {column.type} with {column.null_count} nulls"
+        raise Fault(str(place), got=got, wanted=f"{dtype} without nulls", remedy=_REMEDY)
+    values: npt.NDArray[Any] = column.to_numpy()
+    return values
 
 
-def _check_ids(ids: npt.NDArray[np.int64], *, rows: int, place: str) -> None:
-    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= rows):
-        bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+def _fill(into: npt.NDArray[Any], table: pa.Table, *, name: str, place: Path, dtype: pa.DataType) -> None:
+    """A column into [R, slots]: single values, or lists from the left."""
+    column = table[name]
+    if not pa.types.is_list(column.type):
+        into[:, 0] = _column(table, name, place=place, dtype=dtype)
+        return
+    lists = pa.concat_arrays(column.chunks)
+    lengths = np.diff(np.asarray(lists.offsets))
+    if column.type.value_type != dtype or column.null_count or lists.flatten().null_count:
+        got = f"column '{name}' of {column.type}, or nulls in it"
+        raise Fault(str(place), got=got, wanted=f"lists of {dtype} without nulls", remedy=_REMEDY)
+    if lengths.max(initial=0) > into.shape[1]:
+        got = f"column '{name}' with a list of {lengths.max()}"
+        raise Fault(str(place), got=got, wanted=f"at most {into.shape[1]}", remedy=_REMEDY)
+    into[np.arange(into.shape[1]) < lengths[:, None]] = lists.flatten().to_numpy()
+
+
+def _check_ids(ids: npt.NDArray[np.int64], feature: IdFeature, *, rows: int, place: str) -> None:
+    lowest = -1 if feature.dtype == "list<int64>" else 0
+    if len(ids) and (int(ids.min()) < lowest or int(ids.max()) >= rows):
+        bad = int(ids.min()) if int(ids.min()) < lowest else int(ids.max())
         raise Fault(place, got=f"id {bad}", wanted=f"ids from 0 to {rows - 1}", remedy=_REMEDY)
 
 
 def _join(parts: Sequence[Rows]) -> Rows:
-    return parts[0] if len(parts) == 1 else Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-
-def _batch(rows: Rows, mine: Slice) -> Batch:
-    """This rank's slice of one step, padded to full size with rows of weight 0."""
-    real = len(rows.ids_RF)
-    own = rows.take(slice(mine.rank * mine.batch_size, (mine.rank + 1) * mine.batch_size))
-    padding = mine.batch_size - len(own.ids_RF)
-    weights_B = torch.ones(mine.batch_size)
-    weights_B[mine.batch_size - padding :] = 0
-    ids, dense, labels = (torch.from_numpy(np.pad(part, ((0, padding), (0, 0)))) for part in own)
-    return Batch(ids, dense, labels, weights_B, global_rows=real)
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, made by a thread that stays a few ahead and ends with the reader; its error is raised here."""
-    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(_AHEAD)
-    stop = threading.Event()
-    thread = threading.Thread(target=_make, args=(items, made), kwargs={"stop": stop}, name="batches", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = made.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _make(
-    items: Iterator[T], made: "queue.Queue[tuple[T | None, BaseException | None]]", *, stop: threading.Event
-) -> None:
-    """Puts the items, then None; or the error that ended them."""
-    try:
-        for item in items:
-            if not _put(made, (item, None), stop=stop):
-                return
-        _put(made, (None, None), stop=stop)
-    except BaseException as error:
-        _put(made, (None, error), stop=stop)
-
-
-def _put(
-    made: "queue.Queue[tuple[T | None, BaseException | None]]",
-    pair: tuple[T | None, BaseException | None],
-    *,
-    stop: threading.Event,
-) -> bool:
-    """Waits for room; False where the reader has gone."""
-    while not stop.is_set():
-        with contextlib.suppress(queue.Full):
-            made.put(pair, timeout=0.1)
-            return True
-    return False
+    return parts[0] if len(parts) == 1 else Rows._make(np.concatenate(columns) for columns in zip(*parts, strict=True))

@@ -1,8 +1,8 @@
 """Scores a split with a trained network: metrics for people, predictions for the report."""
 
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -15,36 +15,56 @@ from recsys.experiment import read_experiment
 from recsys.metrics import Metrics, task_metrics
 from recsys.network import build_network
 from recsys.parallel.shard import shard
-from recsys.parallel.state import restore_tables_and_head
+from recsys.parallel.state import restore_weights
 from recsys.parallel.world import World, gather_steps, open_world
 
 
-def score_split(model: nn.Module, split: Split, *, world: World, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Labels and logits [R, T] of all rows in file order, on every rank, on the CPU."""
+class ScoredRows(NamedTuple):
+    """Rows of a split in file order, on every rank and on the CPU: labels, logits and weights [R, T], groups or None.
+
+    A weight is 0 where a row does not count for a task.
+    """
+
+    labels_RT: Tensor
+    logits_RT: Tensor
+    weights_RT: Tensor
+    groups_R: Tensor | None
+
+
+def score_split(model: nn.Module, split: Split, *, world: World, batch_size: int) -> ScoredRows:
+    """Scores every row once."""
     model.eval()
-    steps = []
+    floats, groups = [], []
     with torch.no_grad():
         for batch in split.in_file_order(Slice(world.rank, world.size, batch_size)):
             own = batch.to(world.device)
-            logits_BT = model(own.ids_BF, own.dense_BN)
-            steps.append(torch.cat([own.labels_BT, logits_BT.float(), own.weights_B[:, None]], dim=1))
+            logits_BT = model(own.ids_BS, own.floats_BN).logits_BT.float()
+            floats.append(torch.cat([own.real_B[:, None], own.labels_BT, logits_BT, own.weights_BT], dim=1))
+            groups.append(own.groups_BG)
     model.train()
-    rows = gather_steps(torch.stack(steps)).cpu()
-    rows = rows[rows[:, -1] > 0]
-    tasks = (rows.shape[1] - 1) // 2
-    return rows[:, :tasks], rows[:, tasks : 2 * tasks]
+    rows = gather_steps(torch.stack(floats)).cpu()
+    real = rows[:, 0] > 0
+    labels_RT, logits_RT, weights_RT = rows[real, 1:].chunk(3, dim=1)
+    by_group = gather_steps(torch.stack(groups)).cpu()[real]
+    return ScoredRows(labels_RT, logits_RT, weights_RT, by_group[:, 0] if by_group.shape[1] else None)
 
 
 def evaluate_model(
     model: nn.Module, split: Split, *, tasks: list[str], world: World, batch_size: int
 ) -> tuple[Metrics, pa.Table]:
-    """Metrics, and probabilities `<task>` beside labels `<task>/label`, float32."""
-    labels_RT, logits_RT = score_split(model, split, world=world, batch_size=batch_size)
-    metrics = task_metrics(tasks, labels_RT=labels_RT.double().numpy(), logits_RT=logits_RT.double().numpy())
+    """Metrics, and float32 probabilities `<task>` beside labels `<task>/label`, NaN where a row does not count."""
+    rows = score_split(model, split, world=world, batch_size=batch_size)
+    metrics = task_metrics(
+        tasks,
+        labels_RT=rows.labels_RT.double().numpy(),
+        logits_RT=rows.logits_RT.double().numpy(),
+        weights_RT=rows.weights_RT.double().numpy(),
+        groups_R=None if rows.groups_R is None else rows.groups_R.numpy(),
+    )
     columns = {}
     for at, task in enumerate(tasks):
-        columns[task] = logits_RT[:, at].sigmoid().numpy().astype(np.float32)
-        columns[f"{task}/label"] = labels_RT[:, at].numpy()
+        columns[task] = rows.logits_RT[:, at].sigmoid().numpy()
+        columns[f"{task}/label"] = rows.labels_RT[:, at].where(rows.weights_RT[:, at] > 0, torch.nan).numpy()
     return metrics, pa.table(columns)
 
 
@@ -64,11 +84,13 @@ def evaluate(run: Path, *, data: Path | None, split: str) -> Metrics | None:
     experiment, schema = read_experiment(run), read_schema(run)
     with open_world(experiment.train.device) as world:
         network = build_network(experiment, schema, table_device="meta")
-        model = shard(network, experiment.embedding, world=world, seed=experiment.seed)
-        restore_tables_and_head(best(run), model)
+        sharded = shard(network, experiment.embedding, world=world, seed=experiment.seed)
+        restore_weights(best(run), sharded)
         rows = Split((data or run.parent / "data") / split, schema)
         batch_size = experiment.train.batch_size
-        metrics, table = evaluate_model(model, rows, tasks=schema.task_names, world=world, batch_size=batch_size)
+        metrics, table = evaluate_model(
+            sharded.model, rows, tasks=schema.task_names, world=world, batch_size=batch_size
+        )
         if world.rank == 0:
             write_predictions(run, split, table=table)
             return metrics

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from etl.artifact import read_json
 from etl.experiment_file import parse
-from etl.spec import FeatureSpec, Name, Section
+from etl.spec import FeatureSpec, Name, Numeric, Section, Sequence, resolve
 from recsys.models import AnyModel
+from recsys.models.head import Sizes
 from recsys.optim import Name as OptimizerName
 from recsys.optim import OptimizerSettings
 
@@ -102,6 +103,23 @@ class Experiment(FeatureSpec):
     embedding: Embedding = Field(default_factory=Embedding)
     export: Export = Field(default_factory=Export)
     serve: Serve = Field(default_factory=Serve)
+
+    @model_validator(mode="after")
+    def _model_has_what_it_needs(self) -> "Experiment":
+        resolved = list(resolve(self.features))
+        ids = [f for f in resolved if not (isinstance(f, Numeric) and f.as_ == "dense")]
+        vectors = [f for f in ids if self.model.vectors and not f.linear_only]
+        sequences = [f for f in vectors if self.model.unpooled and isinstance(f, Sequence)]
+        sizes = Sizes(
+            fields=tuple(str(f.name) for f in vectors if f not in sequences),
+            dim=self.embedding.dim,
+            dense=len(resolved) - len(ids),
+            tasks=tuple(task.name for task in self.tasks),
+            sequences=tuple((str(f.name), f.max_length) for f in sequences),
+        )
+        if faults := self.model.faults(sizes):
+            raise ValueError(f"model '{self.model.kind}': {'; '.join(faults)}")
+        return self
 
     def as_json(self) -> Any:
         """Every setting resolved, as JSON values; `read_experiment` reads them back."""

@@ -70,11 +70,13 @@ class Layout:
         full = [f for f in with_vector if f not in unpooled]
         weights = [f for f in schema.features if config.linear and f not in with_vector]
         places = _Places(schema)
-        runs = [places.runs(part) for part in (full, unpooled, weights)]
+        full_runs, unpooled_runs, weight_runs = (places.runs(part) for part in (full, unpooled, weights))
         fields = tuple(feature.name for feature in full)
         sequences = tuple((feature.name, feature.slots) for feature in unpooled)
         sizes = Sizes(fields, dim, len(schema.dense), tuple(schema.task_names), sequences)
-        return cls(tuple(places.slots), tuple(places.columns), *runs, sizes=sizes, linear=config.linear)
+        return cls(
+            tuple(places.slots), tuple(places.columns), full_runs, unpooled_runs, weight_runs, sizes, config.linear
+        )
 
     @property
     def runs(self) -> tuple[Run, ...]:

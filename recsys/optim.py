@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from etl.spec import Section
@@ -32,13 +32,30 @@ class OptimizerSettings(Section):
     ftrl_power: float = Field(-0.5, le=0, description="ftrl: power of the sums of squares in the step")
     preserve_init: bool = Field(False, description="ftrl: start so that the initial weights stay until learnt over")
 
+    @model_validator(mode="after")
+    def _no_division_by_zero(self) -> "OptimizerSettings":
+        squares = self.accumulator_start if "adagrad" in self.optimizer else 0.0
+        if self.optimizer in ("adagrad", "rowwise_adagrad", "adam") and self.eps + squares == 0:
+            remedy = "'eps'" if self.optimizer == "adam" else "'eps' or 'accumulator_start'"
+            raise ValueError(f"{self.optimizer} needs {remedy} above 0: a gradient of 0 would be divided by 0")
+        slope = self.accumulator_start**-self.ftrl_power + self.ftrl_beta + self.ftrl_l2
+        if self.optimizer == "ftrl" and (self.preserve_init or self.l2_shrinkage) and slope == 0:
+            name = "preserve_init" if self.preserve_init else "l2_shrinkage"
+            raise ValueError(f"'{name}' needs 'accumulator_start', 'ftrl_beta' or 'ftrl_l2' above 0")
+        return self
+
+
+def scaled(settings: OptimizerSettings, rate: float) -> OptimizerSettings:
+    """The settings with `rate` times their learning rate."""
+    return settings if rate == 1.0 else settings.model_copy(update={"learning_rate": settings.learning_rate * rate})
+
 
 def state_count(settings: OptimizerSettings) -> int:
     """Numbers kept for each weight."""
     return {"sgd": 0, "momentum": 1, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2, "ftrl": 2}[settings.optimizer]
 
 
-def start_states(settings: OptimizerSettings, weights: Tensor, states: Sequence[Tensor]) -> None:
+def start_states(settings: OptimizerSettings, weights: Tensor, *, states: Sequence[Tensor]) -> None:
     """Sets the states, of the weights' shape, to where training begins."""
     for state in states:
         state.zero_()
@@ -51,7 +68,7 @@ def start_states(settings: OptimizerSettings, weights: Tensor, states: Sequence[
 
 
 def update(
-    settings: OptimizerSettings, weights: Tensor, gradients: Tensor, *, states: Sequence[Tensor], step: int
+    settings: OptimizerSettings, weights: Tensor, *, gradients: Tensor, states: Sequence[Tensor], step: int
 ) -> None:
     """One step, in place, of weights [.., D] by gradients of the same shape; `step` counts from 1.
 
@@ -70,12 +87,12 @@ def update(
             states[0].add_(square if settings.optimizer == "adagrad" else square.mean(dim=-1, keepdim=True))
             weights.addcdiv_(g, states[0].sqrt().add_(settings.eps), value=-rate)
         case "adam":
-            _adam(settings, weights, g, mean=states[0], square=states[1], step=step)
+            _adam(settings, weights, g=g, mean=states[0], square=states[1], step=step)
         case "ftrl":
-            _ftrl(settings, weights, g, squares=states[0], linear=states[1])
+            _ftrl(settings, weights, g=g, squares=states[0], linear=states[1])
 
 
-def _adam(settings: OptimizerSettings, weights: Tensor, g: Tensor, *, mean: Tensor, square: Tensor, step: int) -> None:
+def _adam(settings: OptimizerSettings, weights: Tensor, *, g: Tensor, mean: Tensor, square: Tensor, step: int) -> None:
     mean.lerp_(g, 1 - settings.beta1)
     square.mul_(settings.beta2).addcmul_(g, g, value=1 - settings.beta2)
     correction = math.sqrt(1 - settings.beta2**step)
@@ -84,36 +101,44 @@ def _adam(settings: OptimizerSettings, weights: Tensor, g: Tensor, *, mean: Tens
     weights.addcdiv_(mean, square.sqrt().add_(eps), value=-rate)
 
 
-def _ftrl(settings: OptimizerSettings, weights: Tensor, g: Tensor, *, squares: Tensor, linear: Tensor) -> None:
+def _ftrl(settings: OptimizerSettings, weights: Tensor, *, g: Tensor, squares: Tensor, linear: Tensor) -> None:
     power = -settings.ftrl_power
     added = squares + g.square()
     before, after = squares.pow(power), added.pow(power)
     linear.add_(g + 2 * settings.l2_shrinkage * weights - (after - before) / settings.learning_rate * weights)
     slope = (after + settings.ftrl_beta) / settings.learning_rate + 2 * settings.ftrl_l2
-    weights.copy_((linear.clamp(-settings.l1, settings.l1) - linear) / slope)
+    settled = (linear.clamp(-settings.l1, settings.l1) - linear) / slope
+    weights.copy_(settled.where(slope > 0, 0.0))  # no slope: no gradient yet, nor anything else that holds a weight
     squares.copy_(added)
 
 
 class DenseOptimizer(torch.optim.Optimizer):
-    """`update` on whole parameters; its states exist from the start, so that a checkpoint can be loaded into them."""
+    """`update` on whole parameters; its states exist from the start, so that a checkpoint can be loaded into them.
+
+    The step, which counts a parameter's gradients, is one of these states: Adam goes on where it was. `rate` multiplies
+    the learning rate.
+    """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> None:
         super().__init__(parameters, {})
         self.settings = settings
-        self.steps = 0
+        self.rate = 1.0
         for parameter in self._parameters():
             states = [torch.zeros_like(parameter) for _ in range(state_count(settings))]
-            start_states(settings, parameter.detach(), states)
+            start_states(settings, parameter.detach(), states=states)
             self.state[parameter] = {f"state{at}": state for at, state in enumerate(states)}
+            self.state[parameter]["step"] = torch.zeros((), dtype=torch.int64, device="cpu")  # read at each step
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no loss to return
         """Updates every parameter that has a gradient."""
-        self.steps += 1
+        settings = scaled(self.settings, self.rate)
         for parameter in self._parameters():
             if parameter.grad is not None:
-                states = list(self.state[parameter].values())
-                update(self.settings, parameter, parameter.grad, states=states, step=self.steps)
+                kept = self.state[parameter]
+                kept["step"] += 1
+                states = [kept[f"state{at}"] for at in range(state_count(self.settings))]
+                update(settings, parameter, gradients=parameter.grad, states=states, step=int(kept["step"]))
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

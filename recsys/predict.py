@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from etl.artifact import write_parquet
-from etl.faults import Fault
+from etl.pack import encode
 from etl.schema import Schema, read_schema
 from etl.sources import read_rows
-from etl.transform import Transform
+from etl.transform import Encoded, Transform
 from recsys.checkpoint import best
 from recsys.experiment import Experiment, read_experiment
 from recsys.network import Network, build_network
@@ -38,15 +40,18 @@ def predict(run: Path, *, rows: Path, output: Path) -> int:
     """
     _, schema, network = load_network(run)
     transform = Transform.load(run / "transform")
-    try:
-        encoded = transform.apply(transform.pack(read_rows(rows, transform.columns)))
-    except ValueError as error:
-        wanted = f"the columns {', '.join(f'{name} ({dtype})' for name, dtype in transform.columns.items())}"
-        raise Fault(str(rows), got=str(error), wanted=wanted, remedy="mend the file") from None
-    with torch.inference_mode():
-        ids, dense = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.dense)
-        parts = [network(ids[at : at + _ROWS], dense[at : at + _ROWS]) for at in range(0, len(ids), _ROWS)]
-    probability_RT = torch.cat(parts).sigmoid().numpy() if parts else ids.new_empty((0, len(schema.tasks))).numpy()
+    encoded = encode(read_rows(rows, transform.signature.columns), transform, place=str(rows))
+    probability_RT = probabilities(network, encoded)
     columns = {task: pa.array(probability_RT[:, at], pa.float32()) for at, task in enumerate(schema.task_names)}
     write_parquet(output, pa.table(columns))
-    return len(ids)
+    return len(probability_RT)
+
+
+def probabilities(network: Network, encoded: Encoded) -> npt.NDArray[np.float32]:
+    """Float32 [R, T] of encoded rows, some thousands at a time."""
+    ids_RS, floats_RN = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.floats)
+    with torch.inference_mode():
+        chunks = zip(torch.split(ids_RS, _ROWS), torch.split(floats_RN, _ROWS), strict=True)
+        parts = [network(ids_BS, floats_BN).logits_BT for ids_BS, floats_BN in chunks]
+        found: npt.NDArray[np.float32] = torch.cat(parts).sigmoid().numpy()
+    return found

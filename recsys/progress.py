@@ -22,6 +22,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*", category=UserWarning)
+    warnings.filterwarnings("ignore", message="`_get_pg_default_device` will be deprecated", category=UserWarning)
+    warnings.filterwarnings("ignore", message="Multiple backends are registered", category=UserWarning)
+    logging.getLogger().addFilter(lambda record: "_fbgemm_torch_compat_table" not in record.getMessage())
     for name in ("torch.fx._symbolic_trace", "torchrec.distributed.planner.types"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -18,6 +18,10 @@ METRICS = {
     "ne": ("NE", "lower is better; 1 = always predicting the base rate", 0.0),
     "calibration": ("calibration", "mean prediction / observed rate; 1 is exact", 1.0),
     "accuracy": ("accuracy", "higher is better", 1.0),
+    "pr_auc": ("PR-AUC", "area under precision and recall; higher is better", 1.0),
+    "ece": ("ECE", "mean distance of prediction and observed rate over 20 bins; lower is better", 0.0),
+    "gauc": ("GAUC", "AUC within groups, weighed by their rows; higher is better", 1.0),
+    "tf200_auc": ("AUC, 200 thresholds", "TensorFlow's approximation, for comparison with its figures", 1.0),
 }
 TABLES = 40  # rows of the table of tables; the smaller ones share one more row
 

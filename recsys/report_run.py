@@ -16,8 +16,8 @@ from etl.artifact import read_json
 from etl.faults import Fault, Faults
 from etl.schema import Schema, read_schema
 from recsys.experiment import Embedding
+from recsys.layout import Layout
 from recsys.models import AnyModel
-from recsys.network import Layout
 from recsys.plots import Floats, Look, Scores
 
 TRAIN = "train first: `python -m recsys train EXP.toml`"

@@ -10,24 +10,22 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from etl.artifact import Json, read_json, seed_of, write_json
+from etl.faults import Fault
 from etl.schema import Schema
-from recsys.batch import Batch
 from recsys.checkpoint import Progress, best, latest, save_checkpoint
-from recsys.data import Slice, Split, open_dataset
+from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment, Train
 from recsys.metrics import Metrics
-from recsys.network import build_network
-from recsys.parallel.shard import DistributedModelParallel, shard
-from recsys.parallel.state import prime, restore, restore_tables_and_head
+from recsys.models.head import Head
+from recsys.models.layers import half_squares
+from recsys.network import Scored, build_network
+from recsys.optim import DenseOptimizer
+from recsys.parallel.shard import shard
+from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, barrier, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
 
-_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adagrad": torch.optim.Adagrad,
-    "sgd": torch.optim.SGD,
-}
 Report = Callable[[Json], None]
 
 
@@ -66,9 +64,11 @@ class Trainer:
         self.tasks, self.progress = schema.task_names, Progress(seed=experiment.seed)
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
         self.mine = Slice(world.rank, world.size, self.settings.batch_size)
-        network = build_network(experiment, schema, table_device="meta")
-        self.model = shard(network, experiment.embedding, world=world, seed=experiment.seed)
+        self.network = build_network(experiment, schema, table_device="meta")
+        self.sharded = shard(self.network, experiment.embedding, world=world, seed=experiment.seed)
+        self.model = self.sharded.model
         self.optimizer = dense_optimizer(self.model, self.settings)
+        self.task_weights_T = torch.tensor([task.weight for task in schema.tasks], device=world.device)
         self._loss, self._summed, self._saved_step = torch.zeros((), device=world.device), 0, -1
         self._began, self._seconds_before, self._rows_before = time.monotonic(), 0.0, 0
 
@@ -77,7 +77,8 @@ class Trainer:
         found = latest(self.run)
         if found:
             folder, self.progress = found
-            restore(folder, self.model, optimizer=self.optimizer)
+            restore(folder, self.sharded, optimizer=self.optimizer)
+            self._set_rates()
             self._saved_step = self.progress.step
         self._seconds_before, self._rows_before = self.progress.seconds, self.progress.rows
         if self.world.rank == 0:
@@ -92,13 +93,19 @@ class Trainer:
         """One update of tables (inside the backward pass) and dense weights."""
         p = self.progress
         torch.manual_seed(seed_of(p.seed, p.step, self.world.rank))
-        loss = mean_loss(self.model, batch.to(self.world.device), world=self.world, precision=self.settings.precision)
+        self.sharded.begin_step(p.step + 1)
+        own = batch.to(self.world.device)
+        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            scored = self.model(own.ids_BS, own.floats_BN)
+        logloss, loss = mean_loss(scored, own, task_weights_T=self.task_weights_T, ranks=self.world.size)
+        if (penalty := head_penalty(self.network.head, self.settings.layer_l2)) is not None:
+            loss = loss + penalty
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.clip_norm)
         self.optimizer.step()
-        self._loss += loss.detach()
+        self._loss += logloss.detach()
         self._summed += 1
         self._advance(step=p.step + 1, position=p.position + batch.global_rows, rows=p.rows + batch.global_rows)
 
@@ -134,7 +141,7 @@ class Trainer:
         if path.is_file():
             found: Json = read_json(path, remedy="delete it and run the command again")
             return found
-        restore_tables_and_head(best(self.run), self.model)
+        restore_weights(best(self.run), self.sharded)
         p = self.progress
         result: Json = {"steps": p.step, "rows": p.rows, "seconds": p.seconds, "best_step": p.best_step}
         result["rows_per_second"] = p.rows / max(p.seconds, 1e-9)
@@ -152,11 +159,25 @@ class Trainer:
         metrics, _ = self._scores("valid")
         better = improves(metrics, self.tasks, best=self.progress.best, rule=self.settings.early_stop)
         if better is None:
-            self._advance(without_gain=self.progress.without_gain + 1)
+            p = self.progress
+            self._advance(without_gain=p.without_gain + 1, since_cut=p.since_cut + 1)
         else:
-            self._advance(best=better, best_step=self.progress.step, without_gain=0)
+            self._advance(best=better, best_step=self.progress.step, without_gain=0, since_cut=0)
+        self._lower_rates_if_due()
         self._log({f"valid/{name}": value for name, value in metrics.items()})
         return better is not None
+
+    def _lower_rates_if_due(self) -> None:
+        """After `plateau.patience` evaluations without a gain, at most `plateau.times`."""
+        p, plateau = self.progress, self.settings.plateau
+        if plateau and p.since_cut >= plateau.patience and p.cuts < plateau.times:
+            self._advance(cuts=p.cuts + 1, since_cut=0)
+            self._set_rates()
+
+    def _set_rates(self) -> None:
+        if self.settings.plateau:
+            self.optimizer.rate = self.settings.plateau.factor**self.progress.cuts
+            self.sharded.scale_rate(self.optimizer.rate)
 
     def _scores(self, split: str) -> tuple[Metrics, Any]:
         rows, batch_size = self.splits[split], self.settings.batch_size
@@ -166,7 +187,7 @@ class Trainer:
         if again or self._saved_step != self.progress.step:
             keep = self.settings.keep
             save_checkpoint(
-                self.run, self.progress, model=self.model, optimizer=self.optimizer, world=self.world, keep=keep
+                self.run, self.progress, sharded=self.sharded, optimizer=self.optimizer, world=self.world, keep=keep
             )
             self._saved_step = self.progress.step
 
@@ -188,34 +209,48 @@ class Trainer:
         self.progress = self.progress.model_copy(update=changes | {"seconds": seconds})
 
 
-def mean_loss(model: nn.Module, batch: Batch, *, world: World, precision: str) -> Tensor:
-    """This rank's share of the step's mean logloss, times the ranks: gradients are averaged over ranks afterwards."""
-    with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits_BT = model(batch.ids_BF, batch.dense_BN)
-    loss_BT = binary_cross_entropy_with_logits(logits_BT.float(), batch.labels_BT, reduction="none")
-    return (loss_BT.sum(dim=1) * batch.weights_B).sum() * (world.size / batch.global_rows)
+def mean_loss(scored: Scored, batch: Batch, *, task_weights_T: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    """This rank's share of the step's mean logloss, and the same with the penalty on activations, both times the ranks.
+
+    Gradients are averaged over ranks afterwards. A task's mean is over all rows, also those that its condition leaves
+    out; the penalty is a sum over rows, as published.
+    """
+    loss_BT = binary_cross_entropy_with_logits(scored.logits_BT.float(), batch.labels_BT, reduction="none")
+    logloss = (loss_BT * batch.weights_BT * task_weights_T).sum() * (ranks / batch.global_rows)
+    return logloss, logloss + (scored.penalty_B * batch.real_B).sum() * ranks
 
 
-def dense_optimizer(model: DistributedModelParallel, settings: Train) -> torch.optim.Optimizer:
-    """The optimizer of everything but the tables, its states ready to be loaded into."""
-    named = dict(model.named_parameters())
-    parameters = [value for name, value in named.items() if "tables.embedding_bags" not in name]
-    before = [value.detach().clone() for value in parameters]
-    optimizer = _OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate, weight_decay=0.0)
-    prime(optimizer)
-    with torch.no_grad():
-        for value, old in zip(parameters, before, strict=True):
-            value.copy_(old)
+def head_penalty(head: Head, layer_l2: float | list[float]) -> Tensor | None:
+    """The regularisers of the head's own weights: `layer_l2` on linear layers in their order, and what the model adds.
+
+    Raises:
+        Fault: another number of layers than of values.
+    """
+    layers = [module.weight for module in head.modules() if isinstance(module, nn.Linear)]
+    factors = layer_l2 if isinstance(layer_l2, list) else [layer_l2] * len(layers)
+    if len(factors) != len(layers):
+        got, wanted = f"{len(factors)} values", f"one number, or one for each of the {len(layers)} linear layers"
+        raise Fault("train.layer_l2", got=got, wanted=wanted, remedy="give as many values as layers")
+    terms = [half_squares([weight]) * l2 for weight, l2 in zip(layers, factors, strict=True) if l2]
+    if (own := head.penalty()) is not None:
+        terms.append(own)
+    return torch.stack(terms).sum() if terms else None
+
+
+def dense_optimizer(model: nn.Module, settings: Train) -> DenseOptimizer:
+    """The optimizer of everything but the tables."""
+    parameters = [value for name, value in model.named_parameters() if "tables.embedding_bags" not in name]
+    optimizer = DenseOptimizer(parameters, settings)
     if settings.weight_decay:
-        optimizer.register_step_pre_hook(lambda o, a, k: _decay(parameters, settings))
+        optimizer.register_step_pre_hook(lambda o, a, k: _decay(parameters, settings, rate=optimizer.rate))
     return optimizer
 
 
-def _decay(parameters: list[nn.Parameter], settings: Train) -> None:
+def _decay(parameters: list[nn.Parameter], settings: Train, *, rate: float) -> None:
     """Decoupled weight decay (Loshchilov and Hutter 2019), the same for every optimizer."""
     with torch.no_grad():
         for value in parameters:
-            value.mul_(1 - settings.learning_rate * settings.weight_decay)
+            value.mul_(1 - settings.learning_rate * rate * settings.weight_decay)
 
 
 def improves(metrics: Metrics, tasks: list[str], *, best: float | None, rule: EarlyStop) -> float | None:

@@ -1,24 +1,59 @@
 """The models. A new one is a file beside these and a line in `AnyModel`.
 
-Shapes are named by their last letters: B rows, F fields with a vector, L id features with a first-order weight,
-K embedding size, N dense inputs, T tasks, D any other width.
+Shapes are named by their last letters: B rows, F fields with a vector, E single ids of fields, S slots of ids, P pairs
+of fields, L first-order weights or positions of a sequence, K embedding size, N dense inputs, T tasks, D other widths.
 """
 
 from typing import Annotated, get_args
 
 from pydantic import Field
 
+from recsys.models.afm import AFMConfig
+from recsys.models.autoint import AutoIntConfig
+from recsys.models.bst import BSTConfig
+from recsys.models.dcn import DCNConfig
+from recsys.models.dcnv2 import DCNV2Config
 from recsys.models.deep import DeepConfig
+from recsys.models.deep_crossing import DeepCrossingConfig
 from recsys.models.deepfm import DeepFMConfig
+from recsys.models.din import DINConfig
+from recsys.models.dlrm import DLRMConfig
+from recsys.models.esmm import ESMMConfig
+from recsys.models.final_mlp import FinalMLPConfig
+from recsys.models.fm import FMConfig
+from recsys.models.fnn import FNNConfig
 from recsys.models.head import ModelConfig
+from recsys.models.masknet import MaskNetConfig
+from recsys.models.mmoe import MMoEConfig
+from recsys.models.nfm import NFMConfig
+from recsys.models.ple import PLEConfig
+from recsys.models.pnn import PNN1Config, PNN2Config
 from recsys.models.wide import WideConfig
 from recsys.models.wide_deep import WideDeepConfig
 
 AnyModel = Annotated[
-    DeepFMConfig  #
-    | WideDeepConfig
+    FMConfig  #
+    | FNNConfig
+    | DeepFMConfig
+    | NFMConfig
+    | PNN1Config
+    | PNN2Config
+    | WideConfig
     | DeepConfig
-    | WideConfig,
+    | WideDeepConfig
+    | AFMConfig
+    | DeepCrossingConfig
+    | DCNConfig
+    | DINConfig
+    | ESMMConfig
+    | DCNV2Config
+    | DLRMConfig
+    | MMoEConfig
+    | PLEConfig
+    | MaskNetConfig
+    | AutoIntConfig
+    | FinalMLPConfig
+    | BSTConfig,
     Field(discriminator="kind"),
 ]
 

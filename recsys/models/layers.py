@@ -171,5 +171,5 @@ def init_head(head: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(module.bias)
     for module in head.modules():
         own = getattr(module, "init", None)
-        if own is not None:
+        if callable(own):
             own(generator)

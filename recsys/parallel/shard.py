@@ -1,9 +1,12 @@
 """Shards a network's tables over the ranks and wraps its dense part, all from outside."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
@@ -15,9 +18,10 @@ from torchrec.optim import RowWiseAdagrad, apply_optimizer_in_backward
 
 from recsys.experiment import Embedding
 from recsys.network import Network, init_rows
+from recsys.parallel.rows import RowOptimizer, needs_own_rows
 from recsys.parallel.world import World
 
-__all__ = ["DistributedModelParallel", "shard"]
+__all__ = ["Sharded", "shard"]
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
@@ -35,13 +39,36 @@ class _Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
         return [*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]
 
 
-def shard(network: Network, embedding: Embedding, *, world: World, seed: int) -> DistributedModelParallel:
+@dataclass(frozen=True)
+class Sharded:
+    """The network over all ranks; `rows` moves its tables where FBGEMM's fused optimizers do not."""
+
+    model: DistributedModelParallel
+    rows: RowOptimizer | None
+
+    def begin_step(self, step: int) -> None:
+        """Says which step comes, counted from 1."""
+        if self.rows:
+            self.rows.step = step
+
+    def scale_rate(self, factor: float) -> None:
+        """Sets the tables' learning rates to `factor` times those of the experiment."""
+        if self.rows:
+            self.rows.rate = factor
+        for group in self.model.fused_optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            group["lr"] = group["initial_lr"] * factor
+        self.model.fused_optimizer.step()  # hands the rate on: the update itself is in the backward pass
+
+
+def shard(network: Network, embedding: Embedding, *, world: World, seed: int) -> Sharded:
     """The network over all ranks: tables sharded, with their optimizer in the backward pass, and rows initialised."""
-    tables = network.tables
+    tables, own = network.tables, needs_own_rows(embedding)
     settings: dict[str, float] = {"lr": embedding.learning_rate}
-    if embedding.optimizer != "sgd":
+    if own or embedding.optimizer != "sgd":
         settings["eps"] = embedding.eps
-    apply_optimizer_in_backward(_OPTIMIZERS[embedding.optimizer], tables.parameters(), settings)
+    kind = "adagrad" if own else embedding.optimizer  # one state a weight, for whatever optimizer moves it
+    apply_optimizer_in_backward(_OPTIMIZERS[kind], tables.parameters(), settings)
     sharder = _Sharder()
     constraints = {
         config.name: ParameterConstraints(
@@ -59,12 +86,35 @@ def shard(network: Network, embedding: Embedding, *, world: World, seed: int) ->
     network.columns = network.columns.to(world.device)
     model = DistributedModelParallel(network, device=world.device, plan=plan, sharders=[sharder])
     _fill(model, network, std=embedding.init_std, seed=seed)
-    return model
+    fused = list(_fused_modules(model))
+    if not own:
+        _start_accumulators(fused, embedding)
+        return Sharded(model, None)
+    rows = RowOptimizer(embedding, dim=network.layout.sizes.dim if network.layout.vectors else 0)
+    for module in fused:
+        rows.attach(module)
+    return Sharded(model, rows)
+
+
+def _fused_modules(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's modules, which torchrec keeps in lists that `modules()` does not see."""
+    for module in model.modules():
+        for lookup in getattr(module, "_lookups", []):
+            for kernel in getattr(lookup, "_emb_modules", []):
+                yield kernel.emb_module
+
+
+def _start_accumulators(fused: list[SplitTableBatchedEmbeddingBagsCodegen], embedding: Embedding) -> None:
+    """Adagrad's sums of squares begin at `accumulator_start`."""
+    if embedding.accumulator_start and embedding.optimizer != "sgd":
+        for module in fused:
+            for states in module.split_optimizer_states():
+                states[0].fill_(embedding.accumulator_start)
 
 
 def _fill(model: nn.Module, network: Network, *, std: float, seed: int) -> None:
     layout = network.layout
-    vectors = {f.table: layout.dim if at < layout.vectors else 0 for at, f in enumerate(layout.features)}
+    vectors = {table: layout.sizes.dim if at < layout.vectors else 0 for at, (_, table) in enumerate(layout.slots)}
     state: dict[str, Any] = model.state_dict()
     for table, vector in vectors.items():
         weight: ShardedTensor = state[f"tables.embedding_bags.{table}.weight"]

@@ -4,22 +4,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.optim import Optimizer
-from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.types import Shard, ShardedTensor
+
+from recsys.parallel.rows import RowOptimizer
+from recsys.parallel.shard import Sharded
 
 
-def save(folder: Path, model: DistributedModelParallel, *, optimizer: Optimizer) -> None:
+def save(folder: Path, sharded: Sharded, *, optimizer: Optimizer) -> None:
     """Every rank writes its shards of weights and optimizer states into one folder."""
-    save_state(_state(model, optimizer), checkpoint_id=folder)
+    save_state(_state(sharded, optimizer), checkpoint_id=folder)
 
 
-def restore(folder: Path, model: DistributedModelParallel, *, optimizer: Optimizer) -> None:
+def restore(folder: Path, sharded: Sharded, *, optimizer: Optimizer) -> None:
     """Loads what `save` wrote into the model and the optimizers, in place, whatever the sharding was."""
-    load_state(_state(model, optimizer), checkpoint_id=folder)
+    load_state(_state(sharded, optimizer), checkpoint_id=folder)
 
 
 def restore_unsharded(folder: Path, network: nn.Module) -> None:
@@ -27,28 +29,29 @@ def restore_unsharded(folder: Path, network: nn.Module) -> None:
     load_state({"model": network.state_dict()}, checkpoint_id=folder, no_dist=True)
 
 
-def prime(optimizer: Optimizer) -> None:
-    """Creates the optimizer's states, which torch leaves to the first step, so that they can be loaded into."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
+def restore_weights(folder: Path, sharded: Sharded) -> None:
+    """Loads the weights alone, into however many ranks there are."""
+    load_state({"model": sharded.model.state_dict()}, checkpoint_id=folder)
 
 
-def _state(model: DistributedModelParallel, optimizer: Optimizer) -> dict[str, Any]:
+def _state(sharded: Sharded, optimizer: Optimizer) -> dict[str, Any]:
     """Tensors alone: a checkpoint then needs no unpickling but of its index."""
     dense: Mapping[int, Mapping[str, Tensor]] = optimizer.state_dict()["state"]
+    tables = sharded.model.fused_optimizer.state_dict()["state"]
     return {
-        "model": model.state_dict(),
-        "tables": model.fused_optimizer.state_dict()["state"],
+        "model": sharded.model.state_dict(),
+        "tables": tables,
+        "second": _second_states(tables, sharded.rows) if sharded.rows else {},
         "dense": {str(at): dict(state) for at, state in dense.items()},
     }
 
 
-def restore_tables_and_head(folder: Path, model: DistributedModelParallel) -> None:
-    """Loads the weights alone, into however many ranks there are."""
-    load_state({"model": model.state_dict()}, checkpoint_id=folder)
+def _second_states(tables: Mapping[str, Mapping[str, Any]], rows: RowOptimizer) -> dict[str, ShardedTensor]:
+    """The states that FBGEMM has no place for, sharded as those that it has: found by the memory they lie beside."""
+    second: dict[str, ShardedTensor] = {}
+    for states in tables.values():
+        for name, first in states.items():
+            if isinstance(first, ShardedTensor) and all(group.second_RW is not None for group in rows.groups):
+                shards = [Shard(rows.second_beside(shard.tensor), shard.metadata) for shard in first.local_shards()]
+                second[name] = ShardedTensor._init_from_local_shards_and_global_metadata(shards, first.metadata())
+    return second

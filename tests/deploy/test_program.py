@@ -7,62 +7,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from deploy.export import served_network
 from deploy.program import Lookup, ServedNetwork, save_program
 from deploy.ranker import load_program
-from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
+from recsys.layout import Layout
 from recsys.models import MODELS
-from recsys.models.head import Sizes
-from recsys.network import Layout, Network
+from recsys.models.wide import WideConfig
+from tests.registry import config_of, network_of, random_rows, rich_schema, schema_of
 
 MAX_ROWS = 16
-ROWS = {"site": 5, "city": 7, "site_x_city": 11}
-
-
-def schema(*, dense: int) -> Schema:
-    features = [
-        IdFeature(name=name, type="categorical", table=name, linear_only=name == "site_x_city") for name in ROWS
-    ]
-    return Schema(
-        features=(features[0], features[2], features[1]),
-        dense=tuple(DenseFeature(name=f"x{at}") for at in range(dense)),
-        tables=tuple(Table(name=name, rows=rows) for name, rows in ROWS.items()),
-        tasks=tuple(TaskColumn(name=name, positive_rate=0.5) for name in ("click", "buy")),
-    )
-
-
-def network(kind: str, found: Schema) -> Network:
-    """Every weight is random: a zero would hide a wrong lookup."""
-    config = MODELS[kind]()
-    layout = Layout.of(found, config, dim=4)
-    head = config.build(Sizes(layout.vectors, layout.dim, len(found.dense), len(found.tasks)))
-    tables = [
-        EmbeddingBagConfig(name=name, num_embeddings=ROWS[name], embedding_dim=width, feature_names=[name])
-        for name, width in layout.widths().items()
-    ]
-    net = Network(layout, tables=EmbeddingBagCollection(tables=tables), head=head)
-    generator = torch.Generator().manual_seed(7)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
-    return net.eval()
 
 
 @pytest.mark.parametrize("dense", [0, 3])
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_the_program_scores_as_the_network_does(kind: str, dense: int, tmp_path: Path) -> None:
-    found = schema(dense=dense)
-    net = network(kind, found)
-    save_program(served_network(net), tmp_path, max_rows=MAX_ROWS, features=3, dense=dense)
+    schema = rich_schema(dense=dense)
+    network = network_of(config_of(kind), schema, std=0.2)
+    floats = len(schema.float_names)
+    save_program(served_network(network), tmp_path, max_rows=MAX_ROWS, slots=len(schema.slot_names), floats=floats)
     program = load_program(tmp_path)
-    generator = torch.Generator().manual_seed(8)
     for rows in (1, 2, 7, MAX_ROWS):
-        columns = [torch.randint(0, ROWS[f.table], (rows,), generator=generator) for f in found.features]
-        ids_BF, dense_BN = torch.stack(columns, dim=1), torch.randn(rows, dense, generator=generator)
+        ids_BS, floats_BN = random_rows(schema, rows)
         with torch.no_grad():
-            wanted_BT = net(ids_BF, dense_BN).sigmoid()
-            got_BT = program(ids_BF, dense_BN)
+            wanted_BT = network(ids_BS, floats_BN).logits_BT.sigmoid()
+            got_BT = program(ids_BS, floats_BN)
         torch.testing.assert_close(got_BT, wanted_BT, rtol=0, atol=1e-6)
         assert rows == 1 or wanted_BT.std() > 1e-3
 
@@ -96,9 +65,10 @@ def test_a_head_with_hidden_tensors_is_not_exported(tmp_path: Path) -> None:
         def forward(self, inputs: object) -> torch.Tensor:
             return inputs.dense_BN + self.secret[0]  # type: ignore[attr-defined]
 
-    served = ServedNetwork(Hidden(), vectors=None, weights=None, dim=4)  # type: ignore[arg-type]
+    layout = Layout.of(schema_of((), dense=1, tasks=("click",)), WideConfig(), dim=4)
+    served = ServedNetwork(Hidden(), layout, rows=None, weights=None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="wanted code alone"):
-        save_program(served, tmp_path, max_rows=4, features=1, dense=1)
+        save_program(served, tmp_path, max_rows=4, slots=0, floats=1)
 
 
 def test_features_of_one_table_share_its_rows() -> None:

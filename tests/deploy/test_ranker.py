@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import etl.pack
 import etl.transform
 from deploy.ranker import Ranker, Request, Scored, out_of_range
 
@@ -17,8 +18,8 @@ def ranker(exported: Path) -> Ranker:
 
 def request_of(rows: int, *, seed: int) -> Request:
     generator = np.random.default_rng(seed)
-    keys = np.stack([etl.transform.text_keys(_texts("abcde", rows, generator)),
-                     etl.transform.text_keys(_texts(["Berlin", "Kraków"], rows, generator)),
+    keys = np.stack([etl.pack.text_keys(_texts("abcde", rows, generator)),
+                     etl.pack.text_keys(_texts(["Berlin", "Kraków"], rows, generator)),
                      generator.integers(0, 30, rows)], axis=1)  # fmt: skip
     return Request(keys, np.stack([generator.uniform(10, 90, rows), generator.uniform(0, 50, rows)], axis=1))
 
@@ -75,8 +76,8 @@ def test_a_key_of_no_row_reads_row_0(ranker: Ranker, key: int) -> None:
 
 @pytest.mark.parametrize(("id_", "place"), [(-1, (1, 1)), (6, (1, 1)), (5, None), (0, None)])
 def test_the_range_of_an_id_is_its_own_table(id_: int, place: tuple[int, int] | None) -> None:
-    ids_BF = np.array([[3, 0], [0, id_]])
-    assert out_of_range(ids_BF, np.array([4, 6])) == place
+    ids_BS = np.array([[3, 0], [0, id_]])
+    assert out_of_range(ids_BS, np.array([4, 6]), lowest_S=np.array([0, 0])) == place
 
 
 def test_an_id_beyond_its_table_is_a_fault_of_its_request(bundle: Path) -> None:

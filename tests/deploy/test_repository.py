@@ -10,7 +10,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from deploy.bundle import MODEL, read_bundle
 from deploy.repository import config_text, make_repository, model_config
 from etl.faults import Fault, Faults
-from etl.transform import Packer
+from etl.transform import Signature
 
 
 def test_the_config_says_what_the_bundle_says(bundle: Path, tmp_path: Path) -> None:
@@ -22,20 +22,20 @@ def test_the_config_says_what_the_bundle_says(bundle: Path, tmp_path: Path) -> N
         ("keys", pb.TYPE_INT64, [3]),
         ("numbers", pb.TYPE_FP64, [2]),
     ]
-    assert [(each.name, list(each.dims)) for each in config.output] == [("score", [2]), ("ids", [5]), ("dense", [2])]
+    assert [(each.name, list(each.dims)) for each in config.output] == [("score", [2]), ("ids", [5]), ("floats", [2])]
     assert config.max_batch_size == 32
     assert config.HasField("dynamic_batching")
     assert not config.dynamic_batching.ListFields(), "a queue policy costs up to 500 ms a batch"
     assert config.instance_group[0].count == 3
     signature = json.loads(config.parameters["signature"].string_value)
-    assert Packer.from_signature(signature).keys == ("site", "city", "item")
+    assert Signature.from_json(signature).keys == ("site", "city", "item")
     assert (signature["tasks"], signature["max_rows"]) == (["click", "buy"], 32)
 
 
 def test_inputs_and_outputs_without_columns_are_left_out(bundle: Path) -> None:
     made = read_bundle(bundle)
     bare = made.model_copy(
-        update={"dense": (), "signature": made.signature.model_copy(update={"numbers": ()}), "tasks": ("a",)}
+        update={"floats": (), "signature": made.signature.model_copy(update={"numbers": ()}), "tasks": ("a",)}
     )
     config = model_config(bare, bundle_hash="x", instances=1)
     assert [each.name for each in config.input] == ["keys"]

@@ -195,7 +195,10 @@ def listener(port: int = 0) -> socket.socket:
 # ---------------------------------------------------------------------------------------------- without a server
 
 
-def test_every_given_port_in_use_is_named_before_anything_starts(options: ServerOptions) -> None:
+def test_every_given_port_in_use_is_named_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, options: ServerOptions
+) -> None:
+    monkeypatch.setattr(runtime, "version", lambda name: "1.26.4")
     with listener() as first, listener() as second:
         grpc, http = first.getsockname()[1], second.getsockname()[1]
         taken = dataclasses.replace(options, grpc_port=grpc, http_port=http)
@@ -210,7 +213,10 @@ def test_every_given_port_in_use_is_named_before_anything_starts(options: Server
 
 
 @pytest.mark.parametrize(("port", "reason"), [(70000, "0-65535"), (45123, "given for two protocols")])
-def test_ports_that_can_not_be_are_refused(options: ServerOptions, port: int, reason: str) -> None:
+def test_ports_that_can_not_be_are_refused(
+    monkeypatch: pytest.MonkeyPatch, options: ServerOptions, port: int, reason: str
+) -> None:
+    monkeypatch.setattr(runtime, "version", lambda name: "1.26.4")
     with pytest.raises(Faults, match=reason):
         EmbeddedServer(dataclasses.replace(options, http_port=port, metrics_port=port)).start()
 
@@ -250,6 +256,7 @@ def test_a_missing_wheel_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_starts_at_once_share_one_whole_backend_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "version", lambda name: "1.26.4")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ThreadPoolExecutor(max_workers=8) as threads:
         found = [started.result() for started in [threads.submit(runtime.find_runtime) for _ in range(8)]]
@@ -263,6 +270,7 @@ def test_starts_at_once_share_one_whole_backend_directory(tmp_path: Path, monkey
 
 
 def test_a_cache_that_can_not_be_written_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "version", lambda name: "1.26.4")
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(Fault, match="set XDG_CACHE_HOME"):

@@ -203,7 +203,7 @@ def test_only_what_is_asked_for_is_sent(url: str) -> None:
     keys.set_data_from_numpy(np.zeros((1, 3), np.int64))
     numbers.set_data_from_numpy(np.zeros((1, 2)))
     server = triton_grpc.InferenceServerClient(url)
-    for names in (["score"], ["score", "dense", "ids"]):
+    for names in (["score"], ["score", "floats", "ids"]):
         asked = [triton_grpc.InferRequestedOutput(name) for name in names]
         answer = server.infer("ranker", [keys, numbers], outputs=asked).get_response()
         assert {output.name for output in answer.outputs} == set(names)

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from etl.pack import pack, text_keys
 from etl.transform import (
     MISSING_KEY,
     MISSING_NUMBER,
-    Packer,
+    Signature,
     Transform,
     Vocabulary,
     bucket_keys,
     hashed_rows,
     mix,
     scale,
-    text_keys,
 )
 
 
@@ -68,13 +68,13 @@ def test_vocabulary_finds_what_it_holds_and_nothing_else(known: set[int], asked:
 
 def test_ids_near_two_to_the_63_do_not_pass_through_floats() -> None:
     ids = [2**63 - 1, 2**63 - 2, 2**53 + 1, 2**53, None]
-    packer = Packer({"user": "int64"}, ("user",), ())
-    assert packer.pack(pa.table({"user": pa.array(ids)})).keys[:, 0].tolist() == [*ids[:-1], MISSING_KEY]
+    signature = Signature({"user": "int64"}, ("user",), (), {}, ())
+    assert pack(pa.table({"user": pa.array(ids)}), signature).keys[:, 0].tolist() == [*ids[:-1], MISSING_KEY]
 
 
 def test_a_column_of_nulls_alone_packs_as_missing() -> None:
-    packer = Packer({"a": "string", "n": "float64"}, ("a",), ("n",))
-    packed = packer.pack(pa.table({"a": pa.nulls(2), "n": pa.nulls(2)}))
+    signature = Signature({"a": "string", "n": "float64"}, ("a",), ("n",), {}, ())
+    packed = pack(pa.table({"a": pa.nulls(2), "n": pa.nulls(2)}), signature)
     assert packed.keys.tolist() == [[MISSING_KEY]] * 2 and packed.numbers.tolist() == [[MISSING_NUMBER]] * 2
 
 
@@ -91,12 +91,12 @@ def test_a_column_of_nulls_alone_packs_as_missing() -> None:
 )
 def test_bad_rows_name_their_column(columns: dict[str, list[object]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Packer({"a": "string", "n": "float64"}, ("a",), ("n",)).pack(pa.table(columns))
+        pack(pa.table(columns), Signature({"a": "string", "n": "float64"}, ("a",), ("n",), {}, ()))
 
 
 def test_float_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="column 'user' holds double, wanted int64"):
-        Packer({"user": "int64"}, ("user",), ()).pack(pa.table({"user": [1.0]}))
+        pack(pa.table({"user": [1.0]}), Signature({"user": "int64"}, ("user",), (), {}, ()))
 
 
 def test_buckets_and_scaling() -> None:
@@ -109,7 +109,13 @@ def test_buckets_and_scaling() -> None:
 
 def test_signature_survives_json_and_a_cross_needs_all_its_parts() -> None:
     state = {
-        "signature": {"columns": {"a": "string", "n": "float64"}, "keys": ["a"], "numbers": ["n"]},
+        "signature": {
+            "columns": {"a": "string", "n": "float64"},
+            "keys": ["a"],
+            "numbers": ["n"],
+            "slots": {},
+            "newest": [],
+        },
         "features": [
             {"name": "a", "kind": "hash", "column": "a", "rows": 50},
             {"name": "b", "kind": "buckets", "column": "n", "boundaries": [0.0]},
@@ -118,9 +124,9 @@ def test_signature_survives_json_and_a_cross_needs_all_its_parts() -> None:
         "dense": [],
     }
     transform = Transform(state, {})
-    packer = Packer.from_signature(json.loads(json.dumps(transform.signature())))
+    signature = Signature.from_json(json.loads(json.dumps(transform.signature.as_json())))
     rows = pa.table({"a": ["x", "x", None, "x"], "n": pa.array([1.0, -1.0, 1.0, None])})
-    encoded = transform.apply(packer.pack(rows))
+    encoded = transform.apply(pack(rows, signature))
     assert encoded.ids[:, 1].tolist() == [2, 1, 2, 0]
     assert encoded.ids[2:, 2].tolist() == [0, 0] and encoded.ids[0, 2] != encoded.ids[1, 2] > 0
     assert encoded.missing.tolist() == [1, 1, 2] and encoded.unseen.tolist() == [0, 0, 0]

@@ -144,7 +144,7 @@ class _Mask(nn.Module):
 
 
 def set_masks(head: nn.Module, masks: list[npt.NDArray[Any]]) -> None:
-    """Replaces the dropout layers, in their order, by known masks of zeros and ones; they keep their keep probability."""
+    """Replaces the dropout layers, in their order, by known masks of zeros and ones, with their keep probability."""
     found = [
         (module, name)
         for module in head.modules()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recsys.batch import Batch
 
 from etl.faults import Fault
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
-from recsys.batch import Batch
 from recsys.data import Slice, Split, open_dataset
 from recsys.experiment import Experiment
 

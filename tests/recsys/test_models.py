@@ -1,78 +1,129 @@
-"""Every model of the registry keeps the same contract; golden values come from the published code."""
+"""Every model of the registry keeps the same contract, on a schema with every kind of feature."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
 from etl.schema import Schema
-from recsys.experiment import Experiment
+from recsys.layout import Layout
 from recsys.models import MODELS
-from recsys.models.deepfm import DeepFM, DeepFMConfig, pairs_B1
-from recsys.models.head import Inputs, Sizes
-from recsys.models.wide_deep import WideDeep, WideDeepConfig
-from recsys.network import Layout, Network, build_network, init_rows
+from recsys.models.head import Inputs, ModelConfig
+from recsys.models.wide_deep import WideDeepConfig
+from recsys.network import Network, init_rows
+from tests.registry import config_of, id_feature, network_of, random_rows, rich_schema, schema_of
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"needs the golden vectors in {GOLDEN}")
-
-
-def network_of(experiment: Experiment, schema: Schema) -> Network:
-    network = build_network(experiment, schema, table_device="cpu")
-    for table, bag in network.tables.embedding_bags.items():
-        init_rows(bag.weight.detach(), table=table, first_row=0, vector=bag.weight.shape[1], std=0.5, seed=1)
-    return network.eval()
+ONE_FIELD = schema_of((id_feature("user"),), dense=2, tasks=("click",))
+SEQUENCE_MODELS = ("din", "bst")
+"""They need a candidate and its history, so more than one feature."""
 
 
-def some_rows(schema: Schema, size: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    rows = [schema.rows(feature.table) for feature in schema.features]
-    ids = [torch.randint(0, count, (size,), generator=generator) for count in rows]
-    return torch.stack(ids, dim=1), torch.randn(size, len(schema.dense), generator=generator)
+def inputs_of(network: Network, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
+    """What the head would read, as float64 copies."""
+    found = network.inputs(ids_BS, floats_BN)
+    return Inputs(*(tuple(t.double() for t in p) if isinstance(p, tuple) else p.double() for p in found))
+
+
+def _detached(inputs: Inputs) -> Inputs:
+    return Inputs(*(tuple(t.detach() for t in p) if isinstance(p, tuple) else p.detach() for p in inputs))
+
+
+def tasks_of(kind: str) -> tuple[str, ...]:
+    return ("click", "conversion") if kind == "esmm" else ("click",)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 class TestEveryModel:
-    def test_gradients_reach_every_parameter(
-        self, kind: str, experiment: Callable[..., Experiment], schema: Schema
-    ) -> None:
-        network = network_of(experiment(model={"kind": kind} if kind != "wide" else _only("wide")), schema)
-        network(*some_rows(schema, 64)).square().sum().backward()
+    def test_gradients_reach_every_parameter(self, kind: str) -> None:
+        schema = rich_schema()
+        network = network_of(config_of(kind), schema)
+        network(*random_rows(schema, 256)).logits_BT.square().sum().backward()
         silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum()]
         assert silent == []
 
-    def test_rows_do_not_see_each_other(self, kind: str, experiment: Callable[..., Experiment], schema: Schema) -> None:
-        network = network_of(experiment(model={"kind": kind} if kind != "wide" else _only("wide")), schema)
-        ids, dense = some_rows(schema, 16)
+    def test_rows_do_not_see_each_other(self, kind: str) -> None:
+        schema = rich_schema()
+        network = network_of(config_of(kind), schema, std=0.2)
+        ids_BS, floats_BN = random_rows(schema, 16)
         with torch.no_grad():
-            alone = torch.cat([network(ids[at : at + 1], dense[at : at + 1]) for at in range(16)])
-            torch.testing.assert_close(network(ids, dense), alone, rtol=1e-5, atol=1e-6)
+            alone = [network(ids_BS[at : at + 1], floats_BN[at : at + 1]).logits_BT for at in range(16)]
+            torch.testing.assert_close(network(ids_BS, floats_BN).logits_BT, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+    def test_float32_equals_float64(self, kind: str) -> None:
+        schema = rich_schema()
+        network = network_of(config_of(kind), schema, std=0.1)
+        rows = random_rows(schema, 64)
+        with torch.no_grad():
+            exact_BT = copy.deepcopy(network.head).double()(inputs_of(network, *rows))
+            torch.testing.assert_close(network(*rows).logits_BT.double(), exact_BT, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("dense", [0, 2])
     def test_the_head_exports_for_any_number_of_rows(self, kind: str, dense: int) -> None:
-        config = MODELS[kind]()
-        layout_linear, layout_fields = (3 if config.linear else 0), (2 if config.vectors else 0)
-        head = config.build(Sizes(layout_fields, 8, dense, 2)).eval()
+        schema = rich_schema(dense=dense)
+        network = network_of(config_of(kind), schema)
+        given, other = (_detached(network.inputs(*random_rows(schema, rows))) for rows in (8, 5))
+        axis = {0: torch.export.Dim("rows", min=1)}
+        shapes = Inputs(*(tuple(axis for _ in part) if isinstance(part, tuple) else axis for part in given))
+        program = torch.export.export(network.head, (given,), dynamic_shapes=(shapes,))
+        torch.testing.assert_close(program.module()(other), network.head(other))
+        assert network.head(other).shape == (5, 2)
 
-        def inputs(rows: int) -> Inputs:
-            shapes = ((rows, layout_fields, 8), (rows, layout_linear), (rows, dense))
-            return Inputs(*(torch.randn(shape) for shape in shapes))
+    def test_empty_bags_and_histories_give_finite_scores_and_gradients(self, kind: str) -> None:
+        schema = rich_schema()
+        network = network_of(config_of(kind), schema).train()
+        ids_BS, floats_BN = random_rows(schema, 16)
+        for feature, end in zip(schema.features, schema.slot_ends, strict=True):
+            if feature.dtype == "list<int64>":
+                ids_BS[:, end - feature.slots : end] = -1
+        logits_BT = network(ids_BS, floats_BN).logits_BT
+        logits_BT.sum().backward()
+        assert logits_BT.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
-        rows_axis = {0: torch.export.Dim("rows", min=2)}
-        program = torch.export.export(head, (inputs(8),), dynamic_shapes=(Inputs(rows_axis, rows_axis, rows_axis),))
-        given = inputs(5)
-        torch.testing.assert_close(program.module()(given), head(given))
-        assert head(given).shape == (5, 2)
+    def test_values_multiply_what_they_belong_to(self, kind: str) -> None:
+        schema = rich_schema()
+        network = network_of(config_of(kind), schema)
+        ids_BS, floats_BN = random_rows(schema, 16)
+        changed_BN = floats_BN.clone()
+        changed_BN[:, schema.float_names.index("price:value")] *= 2
+        with torch.no_grad():
+            difference = network(ids_BS, floats_BN).logits_BT - network(ids_BS, changed_BN).logits_BT
+        assert (difference.abs() > 1e-6).any()
+
+    def test_one_field_and_one_task_are_enough(self, kind: str) -> None:
+        if kind in SEQUENCE_MODELS:
+            pytest.skip("a history and its candidate are two features")
+        schema = schema_of(ONE_FIELD.features, dense=2, tasks=tasks_of(kind))
+        network = network_of(config_of(kind), schema)
+        logits_BT = network(*random_rows(schema, 8)).logits_BT
+        assert logits_BT.shape == (8, len(schema.tasks))
+        assert logits_BT.isfinite().all()
+
+    def test_settings_survive_json(self, kind: str) -> None:
+        config = config_of(kind)
+        assert MODELS[kind].model_validate_json(config.model_dump_json()) == config
 
 
-def _only(kind: str) -> Any:
-    """A whole section: `wide` has none of the settings that the test's experiment gives."""
-    return MODELS[kind]()
+class LogisticConfig(ModelConfig):
+    """A model that a user adds: one file and one line of the registry."""
+
+    paper = "https://example.org"
+    vectors = False
+    kind: str = Field("logistic")
+
+    def build(self, sizes: Any) -> Any:
+        return MODELS["wide"]().build(sizes)
+
+
+def test_a_new_model_needs_its_file_and_a_line_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two places: the class, and MODELS. What goes over the registry finds it."""
+    monkeypatch.setitem(MODELS, "logistic", LogisticConfig)
+    schema = rich_schema()
+    network = network_of(config_of("logistic"), schema)
+    assert network(*random_rows(schema, 4)).logits_BT.shape == (4, 2)
 
 
 def test_rows_start_the_same_however_they_are_cut() -> None:
@@ -91,65 +142,26 @@ def test_rows_start_the_same_however_they_are_cut() -> None:
 def test_a_layout_cuts_rows_into_what_a_head_reads(schema: Schema) -> None:
     layout = Layout.of(schema, WideDeepConfig(), dim=8)
     assert layout.widths() == {"user": 12, "item": 12, "pair": 4}
-    pooled = torch.arange(2 * 28.0).reshape(2, 28)
-    found = layout.inputs(pooled, torch.zeros(2, 0))
+    rows_BSW = torch.arange(2 * 24.0).reshape(2, 2, 12)
+    weights_BS = torch.tensor([[100.0], [200.0]])
+    found = layout.inputs(rows_BSW, weights_BS, ids_BS=torch.zeros(2, 3, dtype=torch.int64), floats_BN=torch.ones(2, 2))
     assert found.emb_BFK.shape == (2, 2, 8)
     assert found.emb_BFK[0, 1].tolist() == list(range(12, 20))
-    assert found.linear_BL[0].tolist() == [8, 20, 24]
+    assert found.linear_BL.tolist() == [[8, 20, 100], [32, 44, 200]]
+    assert found.dense_BN.shape == (2, 2)
 
 
-def test_pairs_are_the_dot_products_of_all_pairs() -> None:
-    emb = torch.randn(3, 4, 5, dtype=torch.float64)
-    pairs = [(i, j) for i in range(4) for j in range(i)]
-    wanted = sum((emb[:, i] * emb[:, j]).sum(dim=1, keepdim=True) for i, j in pairs)
-    torch.testing.assert_close(pairs_B1(emb), wanted)
-
-
-def _fill(mlp: nn.Module, layers: list[tuple[Any, Any]]) -> None:
-    linear = [module for module in mlp.modules() if isinstance(module, nn.Linear)]
-    for module, (weight, bias) in zip(linear, layers, strict=True):
-        module.weight.data, module.bias.data = torch.tensor(weight).double().T, torch.tensor(bias).double()
-
-
-@needs_golden
-def test_deepfm_equals_the_published_code() -> None:
-    z = np.load(GOLDEN / "deepfm.npz")
-    head = DeepFM(DeepFMConfig(hidden=[6, 3], keep_prob=1.0), Sizes(5, 4, 0, 1)).double()
-    _fill(
-        head.deep, [(z[f"w/Deep-part/{n}/weights"], z[f"w/Deep-part/{n}/biases"]) for n in ("mlp0", "mlp1", "deep_out")]
-    )
-    head.first_order.bias_T.data = torch.tensor(z["w/fm_bias"])
-    ids, values = z["in/feat_ids"], torch.tensor(z["in/feat_vals"])
-    emb = torch.tensor(z["w/fm_v"][ids]) * values[:, :, None]
-    linear = torch.tensor(z["w/fm_w"][ids]) * values
-    logits = head(Inputs(emb, linear, torch.zeros(8, 0, dtype=torch.float64)))[:, 0]
-    torch.testing.assert_close(logits, torch.tensor(z["out/logit"]), rtol=1e-12, atol=1e-12)
-
-
-@needs_golden
-def test_wide_deep_equals_tensorflows_estimator() -> None:
-    z = np.load(GOLDEN / "wide_deep.npz")
-    assert json.loads((GOLDEN / "wide_deep.json").read_text())["config"]["combiner"] == "mean"
-    head = WideDeep(WideDeepConfig(hidden=[6, 3], keep_prob=1.0), Sizes(5, 4, 2, 1)).double()
-    _fill(head.deep, [(z[f"w/w{at}"], z[f"w/b{at}"]) for at in range(3)])
-    head.wide.bias_T.data, head.wide.weight_NT.data = (
-        torch.tensor(z[f"w/wide_{n}"]).double() for n in ("bias", "dense")
-    )
-    lengths = z["in/lengths"].reshape(-1)
-    bags, values = _bags(lengths, z["in/ids"]), _bags(lengths, z["in/weights"])
-    emb = [[_mean(z[f"w/embed_{f}"], bags[f * 8 + row]) for f in range(5)] for row in range(8)]
-    linear = [
-        [float(z[f"w/wide_{f}"][bags[f * 8 + row], 0] @ values[f * 8 + row]) for f in range(5)] for row in range(8)
-    ]
-    crosses = [float(z["w/wide_cross"][bag].sum()) for bag in _bags(z["in/cross_lengths"], z["in/cross_ids"])]
-    linear_BL = torch.tensor([[*weights, cross] for weights, cross in zip(linear, crosses, strict=True)]).double()
-    logits = head(Inputs(torch.tensor(np.array(emb)), linear_BL, torch.tensor(z["in/dense"])))[:, 0]
-    torch.testing.assert_close(logits.float(), torch.tensor(z["out/logit"]), rtol=1e-5, atol=1e-6)
-
-
-def _bags(lengths: Any, ids: Any) -> list[Any]:
-    return np.split(ids, np.cumsum(lengths)[:-1])
-
-
-def _mean(table: Any, bag: Any) -> Any:
-    return table[bag].mean(axis=0).astype(np.float64) if len(bag) else np.zeros(table.shape[1])
+def test_bags_are_pooled_by_their_values_and_histories_stay_apart() -> None:
+    schema = rich_schema(dense=0)
+    layout = Layout.of(schema, config_of("din"), dim=4)
+    assert layout.sizes.fields == ("user", "tags", "price", "item")
+    assert layout.sizes.sequences == (("history", 4),)
+    ids_BS = torch.tensor([[1, 0, 5, 6, -1, 1, 3, 7, 8, -1, -1]])
+    floats_BN = torch.tensor([[3.0, 1.0, 0.0, 2.5]])
+    rows_BSW = torch.ones(1, layout.vectors, 4) * torch.arange(1.0, layout.vectors + 1)[None, :, None]
+    found = layout.inputs(rows_BSW, torch.zeros(1, 0), ids_BS=ids_BS, floats_BN=floats_BN)
+    slot = {name: at + 1.0 for at, (name, _) in enumerate(layout.slots)}
+    tags = (3 * slot["tags.0"] + 1 * slot["tags.1"]) / 4
+    assert found.emb_BFK[0, :, 0].tolist() == [slot["user"], tags, 2.5 * slot["price"], slot["item"]]
+    assert found.masks[0].tolist() == [[1, 1, 0, 0]]
+    assert found.sequences[0][0, :, 0].tolist() == [slot["history.0"], slot["history.1"], 0, 0]

@@ -1,0 +1,174 @@
+"""Raw rows -> packed requests, at the client and everywhere else: needs a signature, no fitted state and no torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from etl.faults import Fault
+from etl.transform import (
+    MISSING_KEY,
+    MISSING_NUMBER,
+    NO_KEY,
+    RESERVED_KEYS,
+    Encoded,
+    Float64s,
+    Int64s,
+    Packed,
+    Signature,
+    Transform,
+    check_numbers,
+    not_reserved,
+)
+
+_FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
+ARROW = {"string": pa.large_string(), "int64": pa.int64(), "float64": pa.float64()}
+
+
+def pack(table: pa.Table, signature: Signature) -> Packed:
+    """Raw rows to a packed request.
+
+    Raises:
+        ValueError: an unknown or absent column, a value of the wrong type, NaN or infinity, a list that is too long;
+            names the column.
+    """
+    if faults := _column_faults(table.column_names, signature.columns):
+        raise ValueError("; ".join(faults))
+    typed = {name: typed_column(table[name], name=name, dtype=dtype) for name, dtype in signature.columns.items()}
+    size = table.num_rows
+    keys = [_packed(typed[name], name=name, signature=signature) for name in signature.keys]
+    numbers = [_packed(_as_numbers(typed[name]), name=name, signature=signature) for name in signature.numbers]
+    return Packed(
+        np.concatenate([np.empty((size, 0), np.int64), *keys], axis=1),
+        np.concatenate([np.empty((size, 0), np.float64), *numbers], axis=1),
+    )
+
+
+def encode(raw: pa.Table, transform: Transform, *, place: str) -> Encoded:
+    """Packs and transforms raw rows. Raises Fault, with `place`, where a value can't be packed."""
+    try:
+        packed = pack(raw, transform.signature)
+        transform.check(packed)
+    except ValueError as error:
+        wanted = f"the columns {', '.join(f'{name} ({dtype})' for name, dtype in transform.signature.columns.items())}"
+        raise Fault(place, got=str(error), wanted=wanted, remedy="mend the rows or the feature") from None
+    return transform.apply(packed)
+
+
+def _as_numbers(array: pa.Array) -> pa.Array:
+    """A column of whole numbers that is also a number feature's."""
+    return array.cast(pa.float64(), safe=False) if pa.types.is_integer(array.type) else array
+
+
+def _packed(array: pa.Array, *, name: str, signature: Signature) -> npt.NDArray[Any]:
+    """[B, 1], or [B, slots] of a list column, filled at the end."""
+    if name not in signature.slots:
+        return _flat(array, name=name)[:, None]
+    return _padded(array, name=name, slots=signature.slots[name], newest=name in signature.newest)
+
+
+def _column_faults(names: Sequence[str], wanted: Mapping[str, str]) -> list[str]:
+    unknown, absent = sorted(set(names) - set(wanted)), sorted(set(wanted) - set(names))
+    faults = [f"unknown column '{name}'" for name in unknown] + [f"column '{name}' is missing" for name in absent]
+    return faults + [f"column '{name}' comes twice" for name in {n for n in names if list(names).count(n) > 1}]
+
+
+def text_keys(values: pa.Array) -> Int64s:
+    """FNV-1a 64 of each text's UTF-8 bytes as a signed number; a null is MISSING_KEY."""
+    encoded = values.cast(pa.large_string()).dictionary_encode()
+    keys = np.append(_fnv1a(encoded.dictionary), MISSING_KEY)
+    index: Int64s = encoded.indices.fill_null(len(keys) - 1).to_numpy(zero_copy_only=False)
+    taken: Int64s = keys[index]
+    return taken
+
+
+def _fnv1a(texts: pa.Array) -> Int64s:
+    """One byte position at a time, over all texts that are long enough to have it."""
+    size, start = len(texts), texts.offset
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)[start : start + size + 1] if size else np.zeros(1, np.int64)
+    data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
+    lengths = np.diff(offsets)
+    order = np.argsort(-lengths, kind="stable")
+    hashes = np.full(size, _FNV_OFFSET, np.uint64)
+    for position in range(int(lengths.max(initial=0))):
+        longer = order[: int(np.count_nonzero(lengths > position))]
+        byte = data[offsets[:-1][longer] + position].astype(np.uint64)
+        hashes[longer] = (hashes[longer] ^ byte) * _FNV_PRIME
+    keys = hashes.view(np.int64)
+    return not_reserved(keys)
+
+
+def typed_column(column: pa.ChunkedArray, *, name: str, dtype: str) -> pa.Array:
+    """Checks the kind of value before any cast: a float is no id and a text is no number."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # some versions of pyarrow keep an empty column chunked
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    if not dtype.startswith("list<"):
+        return _typed_values(array, name=name, dtype=dtype)
+    if pa.types.is_null(array.type):
+        return pa.nulls(len(array), pa.large_list(ARROW[dtype[5:-1]]))
+    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
+        raise ValueError(f"column '{name}' holds {array.type}, wanted {dtype}")
+    values = _typed_values(array.flatten(), name=name, dtype=dtype[5:-1])  # a null list has no values
+    lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int64())
+    return pa.LargeListArray.from_arrays(offsets, values)
+
+
+def _typed_values(array: pa.Array, *, name: str, dtype: str) -> pa.Array:
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        array, kind = array.cast(kind.value_type), kind.value_type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    allowed = (
+        pa.types.is_null(kind)
+        or {
+            "string": text,
+            "int64": pa.types.is_integer(kind),
+            "float64": pa.types.is_integer(kind) or pa.types.is_floating(kind),
+        }[dtype]
+    )
+    if not allowed:
+        raise ValueError(f"column '{name}' holds {kind}, wanted {dtype}")
+    try:
+        return array.cast(ARROW[dtype])
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"column '{name}': {error}, wanted {dtype}") from None
+
+
+def _flat(array: pa.Array, *, name: str) -> npt.NDArray[Any]:
+    """Keys or numbers [R] of single values."""
+    return _numbers(array, name=name) if pa.types.is_floating(array.type) else _keys(array, name=name)
+
+
+def _padded(array: pa.Array, *, name: str, slots: int, newest: bool) -> npt.NDArray[Any]:
+    """Keys or numbers [R, slots] of lists."""
+    offsets = np.asarray(array.offsets)
+    lengths = np.diff(offsets)
+    if not newest and lengths.max(initial=0) > slots:
+        row = int(np.argmax(lengths > slots))
+        raise ValueError(f"column '{name}' holds {lengths[row]} values at row {row}, at most {slots}: raise max_length")
+    flat = _flat(array.values, name=name)
+    first = offsets[1:] - np.minimum(lengths, slots)
+    at = first[:, None] + np.arange(slots)
+    filled = at < offsets[1:, None]
+    nothing = NO_KEY if flat.dtype == np.int64 else MISSING_NUMBER
+    return np.where(filled, np.append(flat, nothing)[np.where(filled, at, -1)], nothing)
+
+
+def _keys(array: pa.Array, *, name: str) -> Int64s:
+    if array.type == pa.large_string():
+        return text_keys(array)
+    if array.null_count < len(array) and pc.min(array).as_py() in RESERVED_KEYS:
+        raise ValueError(f"column '{name}' holds {pc.min(array).as_py()}, which stands for missing: send null")
+    keys: Int64s = array.fill_null(MISSING_KEY).to_numpy(zero_copy_only=False)
+    return keys
+
+
+def _numbers(array: pa.Array, *, name: str) -> Float64s:
+    numbers: Float64s = array.cast(pa.float64(), safe=False).fill_null(MISSING_NUMBER).to_numpy(zero_copy_only=False)
+    check_numbers(numbers[:, None], [name])
+    return numbers

@@ -1,0 +1,120 @@
+"""Deep Interest Network (Zhou et al. 2018, https://arxiv.org/abs/1706.06978): histories weighed by the candidate."""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from etl.spec import Section
+from recsys.models.head import Head, Inputs, ModelConfig, Sizes
+from recsys.models.layers import MLP, Dice, Tower, Widths, activation
+
+
+class AttentionPair(Section):
+    """A candidate and a history of its like: the n-th field of the one goes with the n-th sequence of the other."""
+
+    query: list[str] = Field(min_length=1, description="fields of the candidate")
+    keys: list[str] = Field(min_length=1, description="sequence features, as many as fields, of one length")
+
+    def faults(self, sizes: Sizes) -> list[str]:
+        slots = dict(sizes.sequences)
+        found = [f"attention: '{name}' is no field with a vector" for name in self.query if name not in sizes.fields]
+        found += [f"attention: '{name}' is no sequence with vectors" for name in self.keys if name not in slots]
+        if len(self.query) != len(self.keys):
+            found.append(f"attention: {len(self.query)} fields {self.query} for {len(self.keys)} sequences {self.keys}")
+        if len({slots[name] for name in self.keys if name in slots}) > 1:
+            found.append(f"attention: the sequences {self.keys} are of unequal lengths, give them one")
+        return found
+
+
+class Histories:
+    """Finds the pairs among a head's inputs; sequences that no pair names are averaged."""
+
+    def __init__(self, pairs: list[AttentionPair], sizes: Sizes) -> None:
+        slots = dict(sizes.sequences)
+        self.queries = [[sizes.fields.index(name) for name in pair.query] for pair in pairs]
+        self.keys = [[list(slots).index(name) for name in pair.keys] for pair in pairs]
+        self.rest = sorted(set(range(len(slots))).difference(*self.keys))
+        self.widths = [sizes.dim * len(keys) for keys in self.keys]
+        self.deep = sizes.deep + sizes.dim * len(self.rest)
+
+    def read(self, inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each pair candidates [B, D], histories [B, L, D] and where any of their sequences has an id, [B, L]."""
+        valid = [mask_BL > 0 for mask_BL in inputs.masks]
+        kept = [torch.where(on[:, :, None], rows, 0) for rows, on in zip(inputs.sequences, valid, strict=True)]
+        queries = [torch.cat([inputs.emb_BFK[:, at] for at in query], dim=1) for query in self.queries]
+        keys = [torch.cat([kept[at] for at in pair], dim=2) for pair in self.keys]
+        any_valid = [torch.stack([valid[at] for at in pair]).any(dim=0) for pair in self.keys]
+        return list(zip(queries, keys, any_valid, strict=True))
+
+    def deep_BD(self, inputs: Inputs, read: list[Tensor]) -> Tensor:
+        """Side by side: fields, what was read from the histories, averages of the other sequences, dense inputs."""
+        valid = [inputs.masks[at][:, :, None] > 0 for at in self.rest]
+        kept = [torch.where(on, inputs.sequences[at], 0) for at, on in zip(self.rest, valid, strict=True)]
+        rest = [rows.sum(dim=1) / on.sum(dim=1).clamp(min=1) for rows, on in zip(kept, valid, strict=True)]
+        return torch.cat([inputs.emb_BFK.flatten(1), *read, *rest, inputs.dense_BN], dim=1)
+
+
+class DINConfig(Tower, ModelConfig):
+    """Histories summed by how much each position matters to the candidate, then an MLP; an empty one gives zeros."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/1706.06978"
+    linear: ClassVar[bool] = False
+    unpooled: ClassVar[bool] = True
+    kind: Literal["din"] = "din"
+    attention: list[AttentionPair] = Field(min_length=1, description="candidates and their histories")
+    attention_hidden: Widths = Field([36])
+    attention_activation: Literal["relu", "prelu", "dice", "sigmoid"] = "dice"
+    normalise: Literal["none", "softmax"] = Field("none", description="none: the sum keeps how strong an interest is")
+    scale: bool = Field(False, description="divide scores by the root of a position's width")
+    share_attention: bool = Field(False, description="pairs of one width share the network that weighs positions")
+
+    def faults(self, sizes: Sizes) -> list[str]:
+        return [*super().faults(sizes), *(fault for pair in self.attention for fault in pair.faults(sizes))]
+
+    def build(self, sizes: Sizes) -> Head:
+        if faults := self.faults(sizes):
+            raise ValueError("; ".join(faults))
+        return DIN(self, sizes)
+
+
+class ActivationUnit(nn.Module):
+    """Equation 3: sum over positions of a(q, k) k, a an MLP on [q, k, q - k, q * k]: [B, D], [B, L, D] -> [B, D]."""
+
+    def __init__(self, width: int, *, config: DINConfig) -> None:
+        super().__init__()
+        hidden = config.attention_hidden
+        self.linears = nn.ModuleList(nn.Linear(*sizes) for sizes in zip([4 * width, *hidden[:-1]], hidden, strict=True))
+        self.activations = nn.ModuleList(activation(config.attention_activation, size) for size in hidden)
+        self.softmax = config.normalise == "softmax"
+        self.score = nn.Linear(hidden[-1], 1, bias=not self.softmax)  # a softmax does not see a constant
+        self.factor = width**-0.5 if config.scale else 1.0
+
+    def forward(self, query_BD: Tensor, keys_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+        query_BLD, valid_R = query_BD[:, None].expand_as(keys_BLD), valid_BL.flatten()
+        x_RD = torch.cat([query_BLD, keys_BLD, query_BLD - keys_BLD, query_BLD * keys_BLD], dim=2).flatten(0, 1)
+        for linear, act in zip(self.linears, self.activations, strict=True):
+            x_RD = act(linear(x_RD), valid_R) if isinstance(act, Dice) else act(linear(x_RD))
+        scores_BL: Tensor = self.factor * self.score(x_RD).view(valid_BL.shape)
+        if self.softmax:
+            scores_BL = scores_BL.masked_fill(~valid_BL, torch.finfo(scores_BL.dtype).min).softmax(dim=1)
+        return (scores_BL.masked_fill(~valid_BL, 0)[:, :, None] * keys_BLD).sum(dim=1)
+
+
+class DIN(Head):
+    """logit = MLP(vectors, attended histories, dense)."""
+
+    def __init__(self, config: DINConfig, sizes: Sizes) -> None:
+        super().__init__()
+        self.histories = Histories(config.attention, sizes)
+        widths = self.histories.widths
+        self.names = [f"width{width}" if config.share_attention else f"pair{at}" for at, width in enumerate(widths)]
+        named = dict(zip(self.names, widths, strict=True))
+        self.units = nn.ModuleDict({name: ActivationUnit(width, config=config) for name, width in named.items()})
+        self.deep = MLP(self.histories.deep + sum(widths), tower=config, out=len(sizes.tasks))
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        attended = [self.units[name](*read) for name, read in zip(self.names, self.histories.read(inputs), strict=True)]
+        logits_BT: Tensor = self.deep(self.histories.deep_BD(inputs, attended))
+        return logits_BT

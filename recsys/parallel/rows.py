@@ -1,0 +1,199 @@
+"""Optimizers of table rows that FBGEMM's fused kernels lack, and regularisation of rows.
+
+The tables stay FBGEMM's, with their lookup and their place in the plan and in checkpoints; only what happens to a
+gradient is ours: duplicates are added up, then `recsys.optim.update` moves the rows that the step touched (or all).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor
+from torch.autograd import Function
+
+from recsys.experiment import Embedding
+from recsys.layout import LANE
+from recsys.optim import OptimizerSettings, scaled, start_states, state_count, update
+
+
+def needs_own_rows(embedding: Embedding) -> bool:
+    """Whether FBGEMM's fused CPU optimizers can't do what the settings say."""
+    fused = embedding.optimizer in ("sgd", "adagrad", "rowwise_adagrad") and embedding.linear is None
+    regularised = embedding.l2_scope != "activations" and bool(embedding.l2 or embedding.first_order_l2)
+    return not fused or regularised or embedding.update == "all"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of a row that one optimizer moves: the vector, or the first-order weight and its padding."""
+
+    start: int
+    stop: int
+    settings: OptimizerSettings
+    l2: float
+
+
+def parts_of(embedding: Embedding, *, vector: int, width: int) -> list[Part]:
+    """The parts of a row of `width` columns whose first `vector` are a vector."""
+    parts = [
+        Part(0, vector, embedding, embedding.l2),
+        Part(vector, width, embedding.linear or embedding, embedding.first_order_l2),
+    ]
+    return [part for part in parts if part.stop > part.start]
+
+
+class RowOptimizer:
+    """Moves the rows of all tables that this rank holds. `step` counts from 1 and is set before each backward pass."""
+
+    def __init__(self, embedding: Embedding, *, dim: int) -> None:
+        self._embedding, self._dim = embedding, dim
+        self.groups: list[RowGroup] = []
+        self.step = 0
+        self.rate = 1.0
+
+    def attach(self, tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+        """Takes over the backward pass of these tables; their weights have to be initialised by now."""
+        every = self._embedding.update == "all" or (
+            self._embedding.l2_scope == "table" and (self._embedding.l2 > 0 or self._embedding.first_order_l2 > 0)
+        )
+        two_states = max(state_count(self._embedding), state_count(self._embedding.linear or self._embedding)) > 1
+        groups = []
+        for width in sorted({dim for _, dim, _, _ in tables.embedding_specs}):
+            parts = parts_of(self._embedding, vector=self._vector(width), width=width)
+            groups.append(RowGroup(tables, width, parts=parts, two_states=two_states))
+        self.groups += groups
+        lookup = tables.forward
+
+        def forward(indices: Tensor, offsets: Tensor, *rest: Any, **named: Any) -> Tensor:
+            if not torch.is_grad_enabled():
+                return torch.as_tensor(lookup(indices, offsets, *rest, **named))
+
+            def backward(gradient_BD: Tensor) -> None:
+                for group in groups:
+                    group.move(indices, offsets, gradient_BD=gradient_BD, optimizer=self, every=every)
+
+            with torch.no_grad():
+                rows_BD = lookup(indices, offsets, *rest, **named)
+            return torch.as_tensor(_Lookup.apply(tables.placeholder_autograd_tensor, rows_BD, backward))  # type: ignore[no-untyped-call]
+
+        tables.forward = forward
+
+    def second_beside(self, first: Tensor) -> Tensor:
+        """The second states of the rows whose first states are `first`, a view of an FBGEMM module's memory."""
+        for group in self.groups:
+            begin = (first.data_ptr() - group.states[0].data_ptr()) // first.element_size()
+            if group.second_RW is not None and 0 <= begin < group.second_RW.numel():
+                return group.second_RW.view(-1)[begin : begin + first.numel()].view(first.shape)
+        raise RuntimeError("an optimizer state belongs to no table of this rank")
+
+    def _vector(self, width: int) -> int:
+        """A row of LANE columns holds a first-order weight alone, unless vectors are that short."""
+        return min(self._dim, width) if width != LANE or self._dim == LANE else 0
+
+    def regularised(self, part: Part) -> float:
+        """The factor of the weights that joins their gradients."""
+        return 0.0 if self._embedding.l2_scope == "activations" else part.l2
+
+
+class _Lookup(Function):
+    """Hands the gradient of looked up rows to a function that moves the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, rows_BD: Tensor, backward: Any) -> Tensor:
+        ctx.move = backward
+        return rows_BD.view_as(rows_BD)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BD: Tensor) -> tuple[None, None, None]:
+        ctx.move(gradient_BD)
+        return None, None, None
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature of an FBGEMM module: its place among the features, its table's first row, its columns of the output."""
+
+    at: int
+    base: int
+    columns: slice
+
+
+class RowGroup:
+    """The tables of one row width in an FBGEMM module, as one matrix [R, W], with states of the same shape."""
+
+    def __init__(
+        self, tables: SplitTableBatchedEmbeddingBagsCodegen, width: int, *, parts: Sequence[Part], two_states: bool
+    ) -> None:
+        self.parts = parts
+        own = [at for at, spec in enumerate(tables.embedding_specs) if spec[1] == width]
+        offsets = {at: int(tables.weights_physical_offsets[at]) for at in own}
+        begin, end = min(offsets.values()), max(offsets[at] + tables.embedding_specs[at][0] * width for at in own)
+        if end - begin != sum(tables.embedding_specs[at][0] for at in own) * width:
+            raise RuntimeError(f"tables of width {width} do not lie side by side: {tables.embedding_specs}")
+        self.weights_RW = _memory(tables.weights_host, tables.weights_dev)[begin:end].view(-1, width)
+        first_RW = _memory(tables.momentum1_host, tables.momentum1_dev)[begin:end].view(-1, width)
+        self.second_RW = torch.zeros_like(first_RW) if two_states else None
+        self.states = [first_RW] if self.second_RW is None else [first_RW, self.second_RW]
+        ends = torch.as_tensor(tables.D_offsets).tolist()
+        self.features = [
+            Feature(at, (offsets[table] - begin) // width, slice(ends[at], ends[at + 1]))
+            for at, table in enumerate(tables.feature_table_map)
+            if table in offsets
+        ]
+        self.start()
+
+    def start(self) -> None:
+        """States where training begins, from the weights as they are."""
+        for part, weights, states in self._views(slice(None)):
+            start_states(part.settings, weights, states=states)
+
+    def move(
+        self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor, optimizer: RowOptimizer, every: bool
+    ) -> None:
+        """One step by the gradient [B, D] of what was looked up: at most one id a feature and row of the batch."""
+        rows_I, gradient_IW = self._gradients(indices, offsets, gradient_BD)
+        which: Tensor | slice = slice(None)
+        if every:
+            gradient_RW = torch.zeros_like(self.weights_RW).index_add_(0, rows_I, gradient_IW)
+        else:
+            touched_R, inverse_I = torch.unique(rows_I, return_inverse=True)
+            gradient_RW = gradient_IW.new_zeros(touched_R.shape[0], gradient_IW.shape[1])
+            gradient_RW.index_add_(0, inverse_I, gradient_IW)
+            which = touched_R
+        for part, weights, states in self._views(which):
+            gradient = gradient_RW[:, part.start : part.stop]
+            if l2 := optimizer.regularised(part):
+                gradient = gradient.add(weights, alpha=l2)
+            update(
+                scaled(part.settings, optimizer.rate), weights, gradients=gradient, states=states, step=optimizer.step
+            )
+            if not every:
+                columns = slice(part.start, part.stop)
+                for whole, moved in zip([self.weights_RW, *self.states], [weights, *states], strict=False):
+                    whole[which, columns] = moved
+
+    def _gradients(self, indices: Tensor, offsets: Tensor, gradient_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [I] of the matrix and the gradient [I, W] of each id that was looked up."""
+        size = gradient_BD.shape[0]
+        bounds = offsets.view(-1)
+        rows, gradients = [], []
+        for feature in self.features:
+            begin_B, end_B = (bounds[feature.at * size + shift : (feature.at + 1) * size + shift] for shift in (0, 1))
+            first, last = int(begin_B[0]), int(end_B[-1])
+            gradient_BW = gradient_BD[:, feature.columns]
+            rows.append(indices[first:last] + feature.base)
+            gradients.append(gradient_BW if last - first == size else gradient_BW[end_B > begin_B])
+        return torch.cat(rows), torch.cat(gradients)
+
+    def _views(self, which: Tensor | slice) -> Iterator[tuple[Part, Tensor, list[Tensor]]]:
+        """Each part's weights and states of some rows: views of all rows, copies of a few."""
+        for part in self.parts:
+            columns = slice(part.start, part.stop)
+            states = [state[which, columns] for state in self.states[: state_count(part.settings)]]
+            yield part, self.weights_RW[which, columns], states
+
+
+def _memory(host: Tensor, device: Tensor) -> Tensor:
+    return (host if host.numel() else device).detach()
