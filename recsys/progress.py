@@ -43,8 +43,12 @@ def _text(record: Json) -> str:
     parts = [f"step {record['step']:,}", f"{record['rows_per_second']:,.0f} rows/s"]
     if record.get("loss") is not None:
         parts.insert(1, f"loss {record['loss']:.4f}")
-    scores = [f"{k.removeprefix('valid/')} {v:.4f}" for k, v in record.items() if k.endswith("auc") and v is not None]
+    scores = [f"{k.removeprefix('valid/')} {v:.4f}" for k, v in record.items() if _is_auc(k) and v is not None]
     return ", ".join([*parts, *scores])
+
+
+def _is_auc(name: str) -> bool:
+    return name.split("/")[-1] == "auc"
 
 
 @contextlib.contextmanager
@@ -55,7 +59,7 @@ def _bar() -> Iterator[Report]:
         scores: Json = {}
 
         def show(record: Json) -> None:
-            scores.update({k: v for k, v in record.items() if k.endswith("auc")})
+            scores.update({k: v for k, v in record.items() if _is_auc(k)})
             bar.update(task, description=_text(record | scores), completed=record["rows"], total=record["total_rows"])
 
         yield show

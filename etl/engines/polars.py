@@ -95,12 +95,12 @@ def _table(name: str, users: list[Looked], *, rows: pl.LazyFrame, transform: Pat
     """Rows of a table that features look up; writes its vocabulary, if it has one."""
     if users[0].hash_rows:
         return users[0].hash_rows
-    vocabulary = _vocabulary(name, users, rows)
+    vocabulary = _vocabulary(name, users, rows=rows)
     vocabulary.write_parquet(transform / "vocabulary" / f"{name}.parquet")
     return vocabulary.height + 1
 
 
-def _vocabulary(name: str, users: list[Looked], rows: pl.LazyFrame) -> pl.DataFrame:
+def _vocabulary(name: str, users: list[Looked], *, rows: pl.LazyFrame) -> pl.DataFrame:
     """value, key, row, count: most frequent first over all columns that share the table, ties by value, rows from 1."""
     rules = users[0]
     columns = {column_of(user): isinstance(user, Bag | Sequence) for user in users}

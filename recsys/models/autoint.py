@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import MLP, Tower
+from recsys.models.tower import MLP, Tower
 
 
 class AutoIntConfig(Tower, ModelConfig):

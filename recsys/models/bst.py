@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from recsys.models.din import AttentionPair, Histories
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import MLP, Dropout, Keep, Tower
+from recsys.models.layers import Dropout
+from recsys.models.tower import MLP, Keep, Tower
 
 
 class BSTConfig(Tower, ModelConfig):

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import MLP, Tower, half_squares
+from recsys.models.layers import half_squares
+from recsys.models.tower import MLP, Tower
 
 _CUT_STD = 0.87962566  # standard deviation of N(0, 1) cut off at -2 and 2
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import MLP, Tower
+from recsys.models.tower import MLP, Tower
 
 
 class DCNV2Config(Tower, ModelConfig):

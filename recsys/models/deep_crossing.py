@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import Dropout, KeepProb, Widths, batch_norm
+from recsys.models.layers import Dropout, batch_norm
+from recsys.models.tower import KeepProb, Widths
 
 
 class DeepCrossingConfig(ModelConfig):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from etl.spec import Section
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import MLP, Dice, Tower, Widths, activation
+from recsys.models.layers import Dice, activation
+from recsys.models.tower import MLP, Tower, Widths
 
 
 class AttentionPair(Section):

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import MLP, Tower, Widths, pair_indices
+from recsys.models.layers import pair_indices
+from recsys.models.tower import MLP, Tower, Widths
 
 
 class DLRMConfig(Tower, ModelConfig):

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import MLP, Tower, Widths
+from recsys.models.tower import MLP, Tower, Widths
 
 
 class FinalMLPConfig(Tower, ModelConfig):

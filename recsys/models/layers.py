@@ -1,42 +1,12 @@
-"""Layers that several heads share, and the settings that go with them."""
+"""Layers that several heads share."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from etl.spec import Section
-
-Widths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, description="widths of the hidden layers")]
-Keep = Annotated[float, Field(gt=0, le=1)]
-KeepProb = Annotated[
-    Keep | list[Keep],
-    Field(
-        description="share of each hidden layer's outputs kept in training: one number, or one a layer",
-        union_mode="left_to_right",
-    ),
-]
 Activation = Literal["relu", "tanh", "sigmoid", "prelu", "dice", "none"]
-BatchNorm = Literal["none", "before", "after"]
-
-
-class Tower(Section):
-    """Settings of an MLP; models with one inherit them."""
-
-    hidden: Widths = Field([256, 128, 64])
-    activation: Activation | list[Activation] = Field("relu", description="one for all hidden layers, or one a layer")
-    keep_prob: KeepProb = 1.0
-    batch_norm: BatchNorm = Field("none", description="before or after each activation; before: layers have no bias")
-
-    @model_validator(mode="after")
-    def _one_a_layer(self) -> "Tower":
-        for name in ("activation", "keep_prob"):
-            value = getattr(self, name)
-            if isinstance(value, list) and len(value) != len(self.hidden):
-                raise ValueError(f"'{name}' has {len(value)} values for {len(self.hidden)} hidden layers")
-        return self
 
 
 class Dropout(nn.Module):
@@ -94,41 +64,6 @@ def activation(name: Activation, width: int) -> nn.Module:
 def batch_norm(width: int) -> nn.BatchNorm1d:
     """eps 1e-3 and decay 0.9, as in the published code of these models."""
     return nn.BatchNorm1d(width, eps=1e-3, momentum=0.1)
-
-
-class MLP(nn.Module):
-    """Hidden layers and, unless `out` is 0, one linear layer without activation: [B, D] -> [B, out].
-
-    A layer is linear, [norm], activation, [norm], [dropout]. `logit_keep` below 1 drops the output too, which only the
-    seed's FNN and PNN do.
-    """
-
-    def __init__(self, width: int, *, tower: Tower, out: int, logit_keep: float = 1.0) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        count = len(tower.hidden)
-        keeps = tower.keep_prob if isinstance(tower.keep_prob, list) else [tower.keep_prob] * count
-        names = tower.activation if isinstance(tower.activation, list) else [tower.activation] * count
-        for size, keep, name in zip(tower.hidden, keeps, names, strict=True):
-            layers.append(nn.Linear(width, size, bias=tower.batch_norm != "before"))
-            if tower.batch_norm == "before":
-                layers.append(batch_norm(size))
-            layers.append(activation(name, size))
-            if tower.batch_norm == "after":
-                layers.append(batch_norm(size))
-            if keep < 1:
-                layers.append(Dropout(keep))
-            width = size
-        if out:
-            layers.append(nn.Linear(width, out))
-        if logit_keep < 1:
-            layers.append(Dropout(logit_keep))
-        self.layers = nn.Sequential(*layers)
-        self.width = out or width
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        out_BT: Tensor = self.layers(x_BD)
-        return out_BT
 
 
 class FirstOrder(nn.Module):

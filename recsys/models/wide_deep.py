@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import MLP, FirstOrder, Tower
+from recsys.models.layers import FirstOrder
+from recsys.models.tower import MLP, Tower
 
 
 class WideDeepConfig(Tower, ModelConfig):

@@ -153,7 +153,7 @@ class RowGroup:
         self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor, optimizer: RowOptimizer, every: bool
     ) -> None:
         """One step by the gradient [B, D] of what was looked up: at most one id a feature and row of the batch."""
-        rows_I, gradient_IW = self._gradients(indices, offsets, gradient_BD)
+        rows_I, gradient_IW = self._gradients(indices, offsets, gradient_BD=gradient_BD)
         which: Tensor | slice = slice(None)
         if every:
             gradient_RW = torch.zeros_like(self.weights_RW).index_add_(0, rows_I, gradient_IW)
@@ -174,7 +174,7 @@ class RowGroup:
                 for whole, moved in zip([self.weights_RW, *self.states], [weights, *states], strict=False):
                     whole[which, columns] = moved
 
-    def _gradients(self, indices: Tensor, offsets: Tensor, gradient_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradients(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [I] of the matrix and the gradient [I, W] of each id that was looked up."""
         size = gradient_BD.shape[0]
         bounds = offsets.view(-1)

@@ -12,11 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recsys.batch import Batch
 
 from etl.faults import Fault
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
-from recsys.data import Slice, Split, open_dataset
+from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.experiment import Experiment
 
 TOTAL = 3000
@@ -40,7 +39,7 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 def real_ids(batches: Iterable[Batch]) -> list[list[int]]:
     """Each batch's ids without the padding."""
-    return [batch.ids_BF[batch.weights_B > 0, 0].tolist() for batch in batches]
+    return [batch.ids_BS[batch.real_B > 0, 0].tolist() for batch in batches]
 
 
 def by_step(split: Split, *, ranks: int, batch_size: int, epoch: int, start: int) -> list[list[int]]:
@@ -78,10 +77,30 @@ def test_epochs_differ_in_order_and_evaluation_keeps_that_of_the_files(numbered:
 def test_ranks_have_equal_shapes_also_where_rows_run_out(numbered: Split) -> None:
     for rank in range(4):
         batches = list(numbered.in_file_order(Slice(rank, 4, 800)))
-        assert [batch.ids_BF.shape for batch in batches] == [(800, 1)]
+        assert [batch.ids_BS.shape for batch in batches] == [(800, 1)]
         assert [batch.global_rows for batch in batches] == [TOTAL]
-        assert batches[0].weights_B.sum() == (800 if rank < 3 else 600)
-        assert batches[0].ids_BF[batches[0].weights_B == 0].eq(0).all()
+        assert batches[0].real_B.sum() == (800 if rank < 3 else 600)
+        filled_up = batches[0].ids_BS[batches[0].real_B == 0, 0].tolist()
+        assert filled_up == list(range(len(filled_up))), "copies of the step's own rows, from its first"
+        assert batches[0].weights_BT[:, 0].equal(batches[0].real_B)
+
+
+def test_lists_values_conditions_and_groups_are_read(tmp_path: Path) -> None:
+    bag = IdFeature(
+        name="tags", type="bag", table="row", linear_only=False, slots=3, weighted=True, dtype="list<int64>"
+    )
+    tasks = tuple(TaskColumn(name=n, positive_rate=0.5, given=g) for n, g in (("click", None), ("buy", "click")))
+    schema = SCHEMA.model_copy(update={"features": (*SCHEMA.features, bag), "tasks": tasks, "group": True})
+    floats = {
+        name: pa.array(values, pa.float32()) for name, values in {"x": [0, 1], "click": [0, 1], "buy": [0, 1]}.items()
+    }
+    lists = {"tags": [[], [5, 6]], "tags:value": pa.array([[], [0.5, 2]], pa.list_(pa.float32()))}
+    pq.write_table(pa.table({"row": [7, 8], **floats, **lists, "group:": [2**62, -1]}), tmp_path / "part-0.parquet")
+    (batch,) = Split(tmp_path, schema).in_file_order(Slice(0, 1, 2))
+    assert batch.ids_BS.tolist() == [[7, -1, -1, -1], [8, 5, 6, -1]]
+    assert batch.floats_BN.tolist() == [[0, 0, 0, 0], [1, 0.5, 2, 0]]
+    assert batch.weights_BT.tolist() == [[1, 0], [1, 1]]
+    assert batch.groups_BG.tolist() == [[2**62], [-1]]
 
 
 def test_large_ids_stay_exact(tmp_path: Path) -> None:
@@ -90,8 +109,8 @@ def test_large_ids_stay_exact(tmp_path: Path) -> None:
     pq.write_table(rows, tmp_path / "part-0.parquet")
     split = Split(tmp_path, SCHEMA.model_copy(update={"tables": (Table(name="row", rows=big + 1),)}))
     (batch,) = split.in_file_order(Slice(0, 1, 2))
-    assert batch.ids_BF.dtype == torch.int64
-    assert batch.ids_BF[:, 0].tolist() == [big, 0]
+    assert batch.ids_BS.dtype == torch.int64
+    assert batch.ids_BS[:, 0].tolist() == [big, 0]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from etl.experiment_file import load, parse
 from etl.faults import Faults
 from recsys.experiment import Experiment
+from recsys.models import MODELS
 
 SHIPPED = sorted((Path(__file__).parents[2] / "experiments").rglob("*.toml"))
 
@@ -26,12 +27,20 @@ def test_all_faults_come_at_once(experiment: Callable[..., Experiment]) -> None:
             model={"hidden": [8, 0], "keep_prob": 0.0},
         )
     places = {fault.place.removeprefix("known.toml: ") for fault in faults.value.faults}
-    model = {"model.wide_deep.hidden.1", "model.wide_deep.keep_prob"}
+    model = {"model.wide_deep.hidden.1", "model.wide_deep.keep_prob.number"}
     assert places == {"train.batch_size", "train.learning_rate", "train.epoch", "embedding.dim"} | model
 
 
+def test_a_model_says_what_the_features_lack(experiment: Callable[..., Experiment]) -> None:
+    attention = [{"query": ["item"], "keys": ["history"]}]
+    with pytest.raises(Faults, match="model 'din': attention: 'history' is no sequence with vectors"):
+        experiment(model=MODELS["din"].model_validate({"kind": "din", "attention": attention}))
+    with pytest.raises(Faults, match="task 'conversion' is not among the tasks"):
+        experiment(model=MODELS["esmm"]())
+
+
 def test_an_unknown_model_is_answered_with_the_known_ones(experiment: Callable[..., Experiment]) -> None:
-    with pytest.raises(Faults, match="'deepfm', 'wide_deep', 'deep', 'wide'"):
+    with pytest.raises(Faults, match="'fm', 'fnn', 'deepfm', 'nfm'"):
         experiment(model={"kind": "deep_fm"})
 
 

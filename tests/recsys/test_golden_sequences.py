@@ -17,9 +17,10 @@ from recsys.models.deepfm import DeepFMConfig
 from recsys.models.din import DIN, AttentionPair, DINConfig
 from recsys.models.esmm import ESMM, ESMMConfig
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import Dice, Tower, half_squares, init_head
+from recsys.models.layers import Dice, half_squares, init_head
 from recsys.models.mmoe import MMoE, MMoEConfig
 from recsys.models.ple import PLE, PLEConfig
+from recsys.models.tower import Tower
 from recsys.models.wide import WideConfig
 from recsys.optim import OptimizerSettings, start_states, state_count, update
 from tests.golden.case import Arrays, Case, Field, bce, check, fill_linear, inputs, leaf, load, padded
