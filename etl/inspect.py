@@ -55,7 +55,7 @@ def _moments(folder: Path, name: str) -> dict[str, float]:
 def _drift(folder: Path, name: str, *, dense: bool) -> dict[str, dict[str, float]]:
     values = {split: pl.read_parquet(folder / split, columns=[name])[name] for split in ("train", "valid", "test")}
     if values["train"].dtype == pl.List:
-        values = {split: column.explode().drop_nulls() for split, column in values.items()}
+        values = {split: column.explode(empty_as_null=True).drop_nulls() for split, column in values.items()}
     if dense:
         edges = np.unique(np.quantile(values["train"].to_numpy(), np.linspace(0, 1, _BINS + 1)[1:-1]))
         shares = {split: np.bincount(np.searchsorted(edges, v.to_numpy(), side="right"), minlength=len(edges) + 1)

@@ -105,7 +105,8 @@ def _vocabulary(name: str, users: list[Looked], *, rows: pl.LazyFrame) -> pl.Dat
     rules = users[0]
     columns = {column_of(user): isinstance(user, Bag | Sequence) for user in users}
     values = [
-        rows.select(value=pl.col(column).explode() if listed else pl.col(column)) for column, listed in columns.items()
+        rows.select(value=pl.col(column).explode(empty_as_null=True) if listed else pl.col(column))
+        for column, listed in columns.items()
     ]
     counts = (
         pl.concat(values)

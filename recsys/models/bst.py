@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from recsys.models.din import AttentionPair, Histories
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
+from recsys.models.histories import AttentionPair, Histories
 from recsys.models.layers import Dropout
 from recsys.models.tower import MLP, Keep, Tower
 

@@ -14,9 +14,10 @@ from recsys.models import MODELS
 from recsys.models.bst import BST, BSTConfig
 from recsys.models.deep import DeepConfig
 from recsys.models.deepfm import DeepFMConfig
-from recsys.models.din import DIN, AttentionPair, DINConfig
+from recsys.models.din import DIN, DINConfig
 from recsys.models.esmm import ESMM, ESMMConfig
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
+from recsys.models.histories import AttentionPair
 from recsys.models.layers import Dice, half_squares, init_head
 from recsys.models.mmoe import MMoE, MMoEConfig
 from recsys.models.ple import PLE, PLEConfig
