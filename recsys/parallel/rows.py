@@ -111,15 +111,6 @@ class _Lookup(Function):
         return None, None, None
 
 
-@dataclass(frozen=True)
-class Feature:
-    """A feature of an FBGEMM module: its place among the features, its table's first row, its columns of the output."""
-
-    at: int
-    base: int
-    columns: slice
-
-
 class RowGroup:
     """The tables of one row width in an FBGEMM module, as one matrix [R, W], with states of the same shape."""
 
@@ -136,12 +127,14 @@ class RowGroup:
         first_RW = _memory(tables.momentum1_host, tables.momentum1_dev)[begin:end].view(-1, width)
         self.second_RW = torch.zeros_like(first_RW) if two_states else None
         self.states = [first_RW] if self.second_RW is None else [first_RW, self.second_RW]
+        own_features = [at for at, table in enumerate(tables.feature_table_map) if table in offsets]
+        bases = [(offsets[tables.feature_table_map[at]] - begin) // width for at in own_features]
+        self.base_F = torch.tensor(bases, device=first_RW.device)
+        self.features = slice(own_features[0], own_features[-1] + 1)
+        if len(own_features) != self.features.stop - self.features.start:
+            raise RuntimeError(f"features of width {width} do not stand side by side: {own_features}")
         ends = torch.as_tensor(tables.D_offsets).tolist()
-        self.features = [
-            Feature(at, (offsets[table] - begin) // width, slice(ends[at], ends[at + 1]))
-            for at, table in enumerate(tables.feature_table_map)
-            if table in offsets
-        ]
+        self.columns = slice(ends[self.features.start], ends[self.features.stop])
         self.start()
 
     def start(self) -> None:
@@ -176,16 +169,15 @@ class RowGroup:
 
     def _gradients(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [I] of the matrix and the gradient [I, W] of each id that was looked up."""
-        size = gradient_BD.shape[0]
-        bounds = offsets.view(-1)
-        rows, gradients = [], []
-        for feature in self.features:
-            begin_B, end_B = (bounds[feature.at * size + shift : (feature.at + 1) * size + shift] for shift in (0, 1))
-            first, last = int(begin_B[0]), int(end_B[-1])
-            gradient_BW = gradient_BD[:, feature.columns]
-            rows.append(indices[first:last] + feature.base)
-            gradients.append(gradient_BW if last - first == size else gradient_BW[end_B > begin_B])
-        return torch.cat(rows), torch.cat(gradients)
+        size, width = gradient_BD.shape[0], self.weights_RW.shape[1]
+        bounds = offsets.view(-1)[self.features.start * size : self.features.stop * size + 1]
+        first, last = int(bounds[0]), int(bounds[-1])
+        rows_I = indices[first:last] + self.base_F.repeat_interleave(bounds[::size].diff())
+        gradient_BFW = gradient_BD[:, self.columns].reshape(size, -1, width)
+        if last - first == bounds.shape[0] - 1:
+            return rows_I, gradient_BFW.transpose(0, 1).reshape(-1, width)
+        feature_I, row_I = (bounds.diff() > 0).view(-1, size).nonzero(as_tuple=True)
+        return rows_I, gradient_BFW[row_I, feature_I]
 
     def _views(self, which: Tensor | slice) -> Iterator[tuple[Part, Tensor, list[Tensor]]]:
         """Each part's weights and states of some rows: views of all rows, copies of a few."""
