@@ -62,7 +62,7 @@ class PNN1(Head):
 class PNN2(Head):
     """Kernel product (KPNN, Qu et al. 2018): logit = MLP(vectors, e_j A_p e_i of each pair p = (i < j), dense).
 
-    `kernel` is A: [K, P, K], its first axis meeting the later field, or the diagonal of each A_p, [P, K] or [P, 1].
+    `kernel` is A: [P, K, K], its middle axis meeting the later field, or the diagonal of each A_p, [P, K] or [P, 1].
     """
 
     first_P: Tensor
@@ -71,7 +71,7 @@ class PNN2(Head):
     def __init__(self, config: PNN2Config, sizes: Sizes) -> None:
         super().__init__()
         self.mlp = config.mlp(sizes.deep + sizes.pairs, out=len(sizes.tasks))
-        shapes = {"mat": (sizes.dim, sizes.pairs, sizes.dim), "vec": (sizes.pairs, sizes.dim), "num": (sizes.pairs, 1)}
+        shapes = {"mat": (sizes.pairs, sizes.dim, sizes.dim), "vec": (sizes.pairs, sizes.dim), "num": (sizes.pairs, 1)}
         self.kernel = nn.Parameter(torch.zeros(shapes[config.kernel]))
         for name, side_P in zip(("first_P", "second_P"), pair_indices(len(sizes.fields)), strict=True):
             self.register_buffer(name, side_P, persistent=False)
@@ -85,7 +85,7 @@ class PNN2(Head):
         first_BPK = inputs.emb_BFK.index_select(1, self.first_P)
         second_BPK = inputs.emb_BFK.index_select(1, self.second_P)
         if self.kernel.dim() == 3:
-            weighed_BPK = torch.bmm(second_BPK.transpose(0, 1), self.kernel.transpose(0, 1)).transpose(0, 1)
+            weighed_BPK = torch.bmm(second_BPK.transpose(0, 1), self.kernel).transpose(0, 1)
         else:
             weighed_BPK = second_BPK * self.kernel
         products_BP = (first_BPK * weighed_BPK).sum(dim=2)

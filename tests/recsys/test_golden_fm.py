@@ -97,7 +97,7 @@ def build_tower(z: Arrays, config: FNNConfig | PNN1Config | PNN2Config) -> Case:
     fill_layers(head, [(p[f"w{at}"], p[f"b{at}"]) for at in range(3)])
     if "kernel" in p:
         del head.kernel
-        head.kernel = p["kernel"]
+        head.kernel = p["kernel"].transpose(0, 1) if p["kernel"].dim() == 3 else p["kernel"]  # ours is [P, K, K]
 
     def loss() -> Tensor:
         penalty = head.activation_penalty_B(read(), l2=0.02, linear_l2=0.0).sum()
