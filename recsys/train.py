@@ -17,6 +17,7 @@ from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment, Train
 from recsys.metrics import Metrics
+from recsys.models.fnn import FNNConfig
 from recsys.models.head import Head
 from recsys.models.layers import half_squares
 from recsys.network import Scored, build_network
@@ -25,6 +26,7 @@ from recsys.parallel.shard import shard
 from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, barrier, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
+from recsys.warm_start import start_from_fm
 
 Report = Callable[[Json], None]
 
@@ -60,6 +62,7 @@ class Trainer:
     def __init__(
         self, experiment: Experiment, schema: Schema, *, data: Path, run: Path, world: World, report: Report
     ) -> None:
+        self.experiment, self.schema = experiment, schema
         self.settings, self.run, self.world, self.report = experiment.train, run, world, report
         self.tasks, self.progress = schema.task_names, Progress(seed=experiment.seed)
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
@@ -79,6 +82,8 @@ class Trainer:
             folder, self.progress = found
             restore(folder, self.sharded, optimizer=self.optimizer)
             self._set_rates()
+        elif isinstance(self.experiment.model, FNNConfig) and (fm := self.experiment.model.init_from_fm):
+            start_from_fm(self.sharded, self.network, schema=self.schema, run=Path(fm))
             self._saved_step = self.progress.step
         self._seconds_before, self._rows_before = self.progress.seconds, self.progress.rows
         if self.world.rank == 0:

@@ -1,13 +1,13 @@
 """Shards a network's tables over the ranks and wraps its dense part, all from outside."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -50,6 +50,17 @@ class Sharded:
         """Says which step comes, counted from 1."""
         if self.rows:
             self.rows.step = step
+
+    def set_rows(self, tables: Mapping[str, Tensor]) -> None:
+        """Overwrites this rank's rows of the tables [R, W] with given ones; optimizers begin anew from them."""
+        state: dict[str, Any] = self.model.state_dict()
+        for name, rows_RW in tables.items():
+            weight: ShardedTensor = state[f"tables.embedding_bags.{name}.weight"]
+            for part in weight.local_shards():
+                (first, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
+                part.tensor.detach().copy_(rows_RW[first : first + rows, column : column + columns])
+        for group in self.rows.groups if self.rows else ():
+            group.start()
 
     def scale_rate(self, factor: float) -> None:
         """Sets the tables' learning rates to `factor` times those of the experiment."""

@@ -1,7 +1,6 @@
 """The deep family against vectors of the published code (tests/golden/*.json say whose)."""
 
 import json
-from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from recsys.models.head import Inputs, ModelConfig, Sizes
 from recsys.models.layers import batch_norm, half_squares, init_head
 from recsys.models.wide import Wide, WideConfig
 from recsys.models.wide_deep import WideDeep, WideDeepConfig
-from recsys.optim import OptimizerSettings, start_states, state_count, update
+from recsys.optim import OptimizerSettings
 from tests.golden.case import (
     FOLDER,
     Arrays,
@@ -31,50 +30,7 @@ from tests.golden.case import (
     padded,
     set_masks,
 )
-
-TRAJECTORIES = {
-    "Adam": {"optimizer": "adam", "eps": 1e-8, "eps_hat": True},
-    "Adagrad": {"optimizer": "adagrad", "accumulator_start": 1e-8, "eps": 0.0},
-    "Momentum": {"optimizer": "momentum", "momentum": 0.95},
-    "ftrl": {"optimizer": "ftrl", "accumulator_start": 0.1},
-}
-
-
-def run_steps(
-    case: Case, settings: Callable[[str], OptimizerSettings], *, steps: int, touched: Collection[str] = ()
-) -> Tensor:
-    """Trains the case's parameters in place, each by the optimizer of its name; the losses before each step.
-
-    Rows without a gradient move too, unless the parameter is one of `touched`.
-    """
-    case.head.eval()
-    states: dict[str, list[Tensor]] = {}
-    for name, parameter in case.parameters.items():
-        states[name] = [torch.zeros_like(parameter) for _ in range(state_count(settings(name)))]
-        start_states(settings(name), parameter.detach(), states=states[name])
-    losses = []
-    for step in range(1, steps + 1):
-        loss = case.loss()
-        losses.append(loss.detach())
-        gradients = torch.autograd.grad(loss, list(case.parameters.values()), materialize_grads=True)
-        with torch.no_grad():
-            for (name, parameter), gradient in zip(case.parameters.items(), gradients, strict=True):
-                changed = (parameter, *states[name])
-                before = [tensor.clone() for tensor in changed]
-                update(settings(name), parameter, gradients=gradient, states=states[name], step=step)
-                for tensor, old in zip(changed, before, strict=True) if name in touched else ():
-                    still = ~gradient.flatten(1).any(dim=1)
-                    tensor[still] = old[still]
-    return torch.stack(losses)
-
-
-def check_steps(losses: Tensor, case: Case, z: Arrays, prefix: str) -> None:
-    torch.testing.assert_close(losses, torch.tensor(z[f"{prefix}/loss"]).double(), rtol=1e-5, atol=1e-5)
-    for name, parameter in case.parameters.items():
-        wanted = torch.tensor(z[f"{prefix}/w/{name}"]).double().reshape(parameter.shape)
-        torch.testing.assert_close(
-            parameter.detach(), wanted, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+from tests.golden.trajectory import TRAJECTORIES, check_steps, run_steps
 
 
 def check_prob(case: Case, z: Arrays) -> None:

@@ -16,7 +16,9 @@ from recsys.models.head import Head, Inputs, ModelConfig, Sizes
 from recsys.models.layers import Dropout, FirstOrder, half_squares, init_head
 from recsys.models.nfm import NFM, NFMConfig
 from recsys.models.pnn import PNN2, PNN1Config, PNN2Config
+from recsys.optim import OptimizerSettings
 from tests.golden.case import Arrays, Case, Field, bce, check, fill_linear, inputs, leaf, load, padded, set_masks
+from tests.golden.trajectory import TRAJECTORIES, check_steps, run_steps
 
 Keeps = float | list[float]
 Reader = Callable[[], Inputs]
@@ -190,6 +192,15 @@ def test_the_published_logits_loss_and_gradients(name: str) -> None:
     case = BUILDERS[name](z)
     check(case, z)
     torch.testing.assert_close(case.logits().sigmoid(), torch.tensor(z["out/prob"]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", TRAJECTORIES)
+@pytest.mark.parametrize("name", ["deepfm", "nfm", "afm"])
+def test_the_published_five_steps(name: str, optimizer: str) -> None:
+    z, prefix = load(name), f"traj/{optimizer}"
+    case = BUILDERS[name](z)
+    settings = OptimizerSettings.model_validate(TRAJECTORIES[optimizer] | {"learning_rate": float(z[f"{prefix}/lr"])})
+    check_steps(run_steps(case, lambda _: settings, steps=5), case, z, prefix)
 
 
 @pytest.mark.parametrize("name", DROPPING)

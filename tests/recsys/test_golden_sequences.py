@@ -369,7 +369,8 @@ def test_dice_takes_statistics_over_valid_positions_alone() -> None:
     unit = head.units["pair0"]
     unit.linears[0].register_forward_hook(lambda _, __, out: seen.append(out.detach()))
     head(given)
-    valid_RD = seen[0][given.masks[0].flatten() > 0]
+    valid_RD = seen[0]
+    assert len(valid_RD) == given.masks[0].sum()
     norm = unit.activations[0].norm
     close(norm.running_mean, 0.1 * valid_RD.mean(dim=0))
     close(norm.running_var, 0.9 + 0.1 * valid_RD.var(dim=0))
