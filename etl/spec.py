@@ -173,7 +173,6 @@ class Etl(Section):
 class FeatureSpec(Section):
     """The sections of an experiment file that decide what a dataset folder holds."""
 
-    seed: int = Field(0, ge=0)
     data: Data
     features: list[Feature] = Field(min_length=1)
     tasks: list[Task] = Field(min_length=1)

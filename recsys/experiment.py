@@ -98,6 +98,7 @@ class Experiment(FeatureSpec):
     """One experiment file."""
 
     name: Name
+    seed: int = Field(0, ge=0, description="of initial weights, shuffling and dropout")
     model: AnyModel
     train: Train = Field(default_factory=Train)
     embedding: Embedding = Field(default_factory=Embedding)
