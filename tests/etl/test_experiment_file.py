@@ -42,7 +42,7 @@ def test_overrides_reach_sections_and_blocks(file: Path) -> None:
     [
         ("seed", "wanted a.b=value"),
         ("features.9.min_count=3", "an index from 0 to 1"),
-        ("seed.x=3", None),
+        ("data.split.seed.x=3", None),
         ("name.x.y=3", "'name' holds 'trial'"),
     ],
 )
