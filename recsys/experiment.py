@@ -58,7 +58,9 @@ class Embedding(OptimizerSettings):
     learning_rate: float = Field(0.02, gt=0)
     dim: int = Field(16, ge=4, multiple_of=4, description="embedding size; FBGEMM moves four floats at once")
     init_std: float = Field(0.01, ge=0, description="vectors start normal around 0; first-order weights at 0")
-    linear: OptimizerSettings | None = Field(None, description="optimizer of the first-order weights, where another")
+    linear: OptimizerSettings | None = Field(
+        None, description="optimizer of the first-order weights, of ids and of dense inputs, where another"
+    )
     update: Literal["touched", "all"] = Field(
         "touched", description="all: each step moves every row, as dense optimizers do; for small tables"
     )

@@ -1,7 +1,7 @@
 """Optimizers as pure updates of weights, gradients and states: one code for dense layers and for rows of tables."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -116,14 +116,14 @@ class DenseOptimizer(torch.optim.Optimizer):
     """`update` on whole parameters; its states exist from the start, so that a checkpoint can be loaded into them.
 
     The step, which counts a parameter's gradients, is one of these states: Adam goes on where it was. `rate` multiplies
-    the learning rate.
+    the learning rates.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> None:
-        super().__init__(parameters, {})
-        self.settings = settings
+    def __init__(self, groups: Sequence[tuple[Sequence[torch.nn.Parameter], OptimizerSettings]]) -> None:
+        """Each group of parameters has its own settings."""
+        super().__init__([{"params": list(parameters), "settings": settings} for parameters, settings in groups], {})
         self.rate = 1.0
-        for parameter in self._parameters():
+        for parameter, settings in self._parameters():
             states = [torch.zeros_like(parameter) for _ in range(state_count(settings))]
             start_states(settings, parameter.detach(), states=states)
             self.state[parameter] = {f"state{at}": state for at, state in enumerate(states)}
@@ -132,13 +132,13 @@ class DenseOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no loss to return
         """Updates every parameter that has a gradient."""
-        settings = scaled(self.settings, self.rate)
-        for parameter in self._parameters():
+        for parameter, settings in self._parameters():
             if parameter.grad is not None:
                 kept = self.state[parameter]
                 kept["step"] += 1
-                states = [kept[f"state{at}"] for at in range(state_count(self.settings))]
-                update(settings, parameter, gradients=parameter.grad, states=states, step=int(kept["step"]))
+                states = [kept[f"state{at}"] for at in range(state_count(settings))]
+                now = scaled(settings, self.rate)
+                update(now, parameter, gradients=parameter.grad, states=states, step=int(kept["step"]))
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+    def _parameters(self) -> Iterator[tuple[torch.nn.Parameter, OptimizerSettings]]:
+        return ((parameter, group["settings"]) for group in self.param_groups for parameter in group["params"])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.utils import clip_grad_norm_
 
 from etl.artifact import Json, read_json, seed_of, write_json
 from etl.faults import Fault
@@ -19,9 +20,9 @@ from recsys.experiment import EarlyStop, Experiment, Train
 from recsys.metrics import Metrics
 from recsys.models.fnn import FNNConfig
 from recsys.models.head import Head
-from recsys.models.layers import half_squares
+from recsys.models.layers import FirstOrder, half_squares
 from recsys.network import Scored, build_network
-from recsys.optim import DenseOptimizer
+from recsys.optim import DenseOptimizer, OptimizerSettings
 from recsys.parallel.shard import shard
 from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, barrier, mean_over_ranks, open_world
@@ -70,7 +71,7 @@ class Trainer:
         self.network = build_network(experiment, schema, table_device="meta")
         self.sharded = shard(self.network, experiment.embedding, world=world, seed=experiment.seed)
         self.model = self.sharded.model
-        self.optimizer = dense_optimizer(self.model, self.settings)
+        self.optimizer = dense_optimizer(self.model, self.settings, linear=experiment.embedding.linear)
         self.task_weights_T = torch.tensor([task.weight for task in schema.tasks], device=world.device)
         self._loss, self._summed, self._saved_step = torch.zeros((), device=world.device), 0, -1
         self._began, self._seconds_before, self._rows_before = time.monotonic(), 0.0, 0
@@ -108,7 +109,9 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if self.settings.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.clip_norm)
+            clip_grad_norm_(
+                [p for group in self.optimizer.param_groups for p in group["params"]], self.settings.clip_norm
+            )
         self.optimizer.step()
         self._loss += logloss.detach()
         self._summed += 1
@@ -242,10 +245,14 @@ def head_penalty(head: Head, layer_l2: float | list[float]) -> Tensor | None:
     return torch.stack(terms).sum() if terms else None
 
 
-def dense_optimizer(model: nn.Module, settings: Train) -> DenseOptimizer:
-    """The optimizer of everything but the tables."""
+def dense_optimizer(model: nn.Module, settings: Train, *, linear: OptimizerSettings | None) -> DenseOptimizer:
+    """The optimizer of everything but the tables; `linear`, where given, that of first-order weights and their bias."""
+    first_order = {id(p) for module in model.modules() if isinstance(module, FirstOrder) for p in module.parameters()}
     parameters = [value for name, value in model.named_parameters() if "tables.embedding_bags" not in name]
-    optimizer = DenseOptimizer(parameters, settings)
+    wide = [value for value in parameters if linear and id(value) in first_order]
+    rest = [value for value in parameters if not (linear and id(value) in first_order)]
+    groups = [(rest, settings), *([(wide, linear)] if linear and wide else [])]
+    optimizer = DenseOptimizer([(values, own) for values, own in groups if values])
     if settings.weight_decay:
         optimizer.register_step_pre_hook(lambda o, a, k: _decay(parameters, settings, rate=optimizer.rate))
     return optimizer

@@ -12,7 +12,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from torchrec.optim import RowWiseAdagrad
 
+from recsys.experiment import Train
+from recsys.models.head import Sizes
+from recsys.models.wide_deep import WideDeepConfig
 from recsys.optim import DenseOptimizer, OptimizerSettings, start_states, state_count, update
+from recsys.train import dense_optimizer
 from tests.golden.case import load
 
 FTRL = {"optimizer": "ftrl", "learning_rate": 0.1, "accumulator_start": 0.1}
@@ -168,7 +172,7 @@ def parameter() -> torch.nn.Parameter:
 def test_torchs_optimizers_take_the_same_steps(settings: OptimizerSettings, gradients: list[list[float]]) -> None:
     ours, theirs = parameter(), parameter()
     build, constants = TORCH[settings.optimizer](settings)
-    run_with(DenseOptimizer([ours], settings), ours, gradients)
+    run_with(DenseOptimizer([([ours], settings)]), ours, gradients)
     run_with(build([theirs], lr=settings.learning_rate, **constants), theirs, gradients)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -179,7 +183,7 @@ def test_where_adams_eps_stands() -> None:
     for eps_hat in (False, True):
         weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
         settings = OptimizerSettings(optimizer="adam", learning_rate=0.01, eps_hat=eps_hat)
-        run_with(DenseOptimizer([weight], settings), weight, [[1e-8]])
+        run_with(DenseOptimizer([([weight], settings)]), weight, [[1e-8]])
         moved[eps_hat] = -weight.item()
     assert moved[False] == pytest.approx(5.0e-3, rel=0.01) and moved[True] == pytest.approx(3.1e-4, rel=0.02)
 
@@ -189,12 +193,12 @@ def test_training_goes_on_from_a_saved_state(name: str) -> None:
     settings = OptimizerSettings(optimizer=name, learning_rate=0.1)
     gradients = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).tolist()
     through = parameter()
-    run_with(DenseOptimizer([through], settings), through, gradients)
+    run_with(DenseOptimizer([([through], settings)]), through, gradients)
     first = parameter()
-    before = DenseOptimizer([first], settings)
+    before = DenseOptimizer([([first], settings)])
     run_with(before, first, gradients[:2])
     second = torch.nn.Parameter(first.detach().clone())
-    after = DenseOptimizer([second], settings)
+    after = DenseOptimizer([([second], settings)])
     saved = copy.deepcopy(before.state_dict())
     saved["state"][0] = dict(reversed(saved["state"][0].items()))  # the order of states does not matter
     after.load_state_dict(saved)
@@ -207,7 +211,7 @@ def test_states_can_be_loaded_in_place() -> None:
     """As torch.distributed.checkpoint does, tensor by tensor, in an order of its own."""
     settings = OptimizerSettings(optimizer="adam", learning_rate=0.1)
     one, other = parameter(), parameter()
-    source, target = DenseOptimizer([one], settings), DenseOptimizer([other], settings)
+    source, target = DenseOptimizer([([one], settings)]), DenseOptimizer([([other], settings)])
     run_with(source, one, [[1.0, -2.0, 3.0, 0.5, 0.0, 1.0]] * 3)
     for key, value in reversed(source.state_dict()["state"][0].items()):
         target.state_dict()["state"][0][key].copy_(value)
@@ -221,13 +225,13 @@ def test_states_can_be_loaded_in_place() -> None:
 def test_a_parameter_without_gradient_keeps_weights_states_and_step() -> None:
     settings = OptimizerSettings(optimizer="adam", learning_rate=0.1)
     used, idle = parameter(), parameter()
-    optimizer = DenseOptimizer([used, idle], settings)
+    optimizer = DenseOptimizer([([used, idle], settings)])
     run_with(optimizer, used, [[1.0] * 6] * 2)
     assert torch.equal(idle, parameter())
     run_with(optimizer, idle, [[1.0] * 6])
     assert [int(optimizer.state[p]["step"]) for p in (used, idle)] == [3, 1]
     alone = parameter()
-    run_with(DenseOptimizer([alone], settings), alone, [[1.0] * 6])
+    run_with(DenseOptimizer([([alone], settings)]), alone, [[1.0] * 6])
     assert torch.equal(idle, alone)
 
 
@@ -284,3 +288,17 @@ def test_ftrl_without_a_start_stays_finite(dtype: torch.dtype, gradient: float) 
 def test_settings_that_divide_by_zero_are_refused(raw: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         OptimizerSettings(**raw)
+
+
+def test_first_order_weights_may_have_an_optimizer_of_their_own() -> None:
+    """Wide & Deep: FTRL moves the wide part of the head, Adagrad the deep part."""
+    head = WideDeepConfig(hidden=[4]).build(Sizes(("f",), 4, 2, ("y",)))
+    ftrl = OptimizerSettings(optimizer="ftrl", learning_rate=0.2, accumulator_start=0.1)
+    train = Train(optimizer="adagrad", learning_rate=0.05, accumulator_start=0.1)
+    by_settings = {
+        group["settings"].optimizer: {id(p) for p in group["params"]}
+        for group in dense_optimizer(head, train, linear=ftrl).param_groups
+    }
+    wide = {id(p) for name, p in head.named_parameters() if name.startswith("wide.")}
+    assert by_settings == {"ftrl": wide, "adagrad": {id(p) for p in head.parameters()} - wide}
+    assert len(dense_optimizer(head, train, linear=None).param_groups) == 1
