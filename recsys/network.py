@@ -75,7 +75,13 @@ def build_network(experiment: Experiment, schema: Schema, *, table_device: str) 
     layout = Layout.of(schema, experiment.model, dim=experiment.embedding.dim)
     head = experiment.model.build(layout.sizes)
     init_head(head, torch.Generator().manual_seed(experiment.seed))
-    tables = [
+    tables = tables_of(layout, schema, device=table_device)
+    return Network(layout, tables=tables, head=head, embedding=experiment.embedding)
+
+
+def tables_of(layout: Layout, schema: Schema, *, device: str) -> EmbeddingBagCollection:
+    """The tables of a layout, each looked up by its slots."""
+    configs = [
         EmbeddingBagConfig(
             name=name,
             num_embeddings=schema.rows(name),
@@ -85,8 +91,7 @@ def build_network(experiment: Experiment, schema: Schema, *, table_device: str) 
         )
         for name, width in layout.widths().items()
     ]
-    collection = EmbeddingBagCollection(tables=tables, device=torch.device(table_device))
-    return Network(layout, tables=collection, head=head, embedding=experiment.embedding)
+    return EmbeddingBagCollection(tables=configs, device=torch.device(device))
 
 
 def init_rows(rows: Tensor, *, table: str, first_row: int, vector: int, std: float, seed: int) -> None:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
 from recsys.experiment import Embedding
@@ -12,7 +11,7 @@ from recsys.layout import Layout
 from recsys.models import MODELS
 from recsys.models.head import ModelConfig
 from recsys.models.layers import init_head
-from recsys.network import Network
+from recsys.network import Network, tables_of
 
 ROWS = {"user": 9, "item": 12, "tags": 7, "price": 2, "pair": 11}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,16 +58,8 @@ def network_of(config: ModelConfig, schema: Schema, *, dim: int = 4, std: float 
     generator = torch.Generator().manual_seed(7)
     head = config.build(layout.sizes)
     init_head(head, generator)
-    tables = [
-        EmbeddingBagConfig(
-            name=name,
-            num_embeddings=schema.rows(name),
-            embedding_dim=width,
-            feature_names=[slot for slot, table in layout.slots if table == name],
-        )
-        for name, width in layout.widths().items()
-    ]
-    network = Network(layout, tables=EmbeddingBagCollection(tables=tables), head=head, embedding=Embedding(dim=dim))
+    tables = tables_of(layout, schema, device="cpu")
+    network = Network(layout, tables=tables, head=head, embedding=Embedding(dim=dim))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
