@@ -123,7 +123,7 @@ def test_up_to_date_follows_spec_and_files(folder: Path) -> None:
     spec = FeatureSpec.model_validate(SPEC)
     run(spec, Path("data"), report=silent)
     assert up_to_date(spec, Path("data"))
-    other = FeatureSpec.model_validate(SPEC | {"seed": 5})
+    other = FeatureSpec.model_validate(SPEC | {"etl": {"rows_per_shard": 5}})
     assert other.data_hash() != spec.data_hash() and not up_to_date(other, Path("data"))
     Path("train.csv").write_text(csv(400, seed=3))
     assert not up_to_date(spec, Path("data"))
