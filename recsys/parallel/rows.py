@@ -85,6 +85,8 @@ class RowOptimizer:
 
     def second_beside(self, first: Tensor) -> Tensor:
         """The second states of the rows whose first states are `first`, a view of an FBGEMM module's memory."""
+        if not first.numel():  # the shard of a table with fewer rows than ranks: it lies nowhere
+            return torch.empty_like(first)
         for group in self.groups:
             begin = (first.data_ptr() - group.states[0].data_ptr()) // first.element_size()
             if group.second_RW is not None and 0 <= begin < group.second_RW.numel():

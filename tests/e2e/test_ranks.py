@@ -78,7 +78,7 @@ class Run:
     ) -> None:
         settings = Embedding.model_validate({"dim": 8, "init_std": 0.3} | embedding)
         self.schema, self.world = schema, world
-        self.sharded = shard(network_of(config, schema, dim=8), settings, world=world, seed=seed)
+        self.sharded = shard(network_of(config, schema, dim=8, std=0.1), settings, world=world, seed=seed)
         self.model = self.sharded.model.train()
         self.optimizer = dense_optimizer(self.model, Train(optimizer="adam", learning_rate=0.01, eps=1e-3))
         self.task_weights_T = torch.ones(len(schema.tasks))
@@ -125,7 +125,7 @@ class Run:
                     first_row = part.metadata.shard_offsets[0]
                     keep(f"{name} 1", part.tensor, first_row=first_row)
                     rows = self.sharded.rows
-                    if part.tensor.numel() and rows and rows.groups[0].second_RW is not None:
+                    if rows and rows.groups[0].second_RW is not None:
                         keep(f"{name} 2", rows.second_beside(part.tensor), first_row=first_row)
         return {"shards": shards, "head": head, "logits": self.logits()}
 
@@ -258,7 +258,7 @@ def train_command(folder: Path, name: str) -> list[str]:
 def test_adam_on_all_rows_gives_one_result_also_after_a_kill(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
     rows = {"optimizer": "adam", "update": "all", "l2": 1e-4, "linear_l2": 1e-3, "l2_scope": "table"}
-    steps = {"checkpoint_every_steps": 5, "epochs": 3}
+    steps = {"checkpoint_every_steps": 5, "epochs": 2}
     sections = {"train": RAW["train"] | steps, "embedding": RAW["embedding"] | rows}
     lines = [f"{key} = {toml(value)}\n" for key, value in (RAW | sections).items()]
     (tmp_path / "known.toml").write_text("".join(lines))
@@ -276,6 +276,8 @@ def test_adam_on_all_rows_gives_one_result_also_after_a_kill(tmp_path: Path) -> 
     killed, alone = ({key: part for key, part in result.items() if "second" not in key} for result in results)
     assert killed == alone
     assert alone["test"]["auc"] > 0.6
-    logged = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("killed", "whole")]
-    assert [line["step"] for line in logged[0]] == [line["step"] for line in logged[1]]
-    assert logged[0][-1]["loss"] == logged[1][-1]["loss"]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("killed", "whole")]
+    logged = [
+        [(record["step"], record["loss"]) for record in map(json.loads, part) if "loss" in record] for part in lines
+    ]
+    assert logged[0] == logged[1]
