@@ -21,7 +21,7 @@ from tests.registry import config_of, network_of, random_rows, rich_schema
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
-STEPS, SIZE, SEED, LIMIT = 4, 5, 11, 2e-6
+STEPS, SIZE, SEED, LIMIT = 4, 5, 11, 1e-6
 HEAD = Train(optimizer="sgd", learning_rate=0.05)
 DEEPFM = {"hidden": [8], "keep_prob": 1.0}
 FTRL = {"optimizer": "ftrl", "learning_rate": 0.1, "accumulator_start": 0.1, "l1": 0.001, "ftrl_l2": 0.01}
