@@ -4,7 +4,7 @@ The tables stay FBGEMM's, with their lookup and their place in the plan and in c
 gradient is ours: duplicates are added up, then `recsys.optim.update` moves the rows that the step touched (or all).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from recsys.experiment import Embedding
-from recsys.layout import LANE
+from recsys.layout import Layout
 from recsys.optim import OptimizerSettings, scaled, start_states, state_count, update
 
 
@@ -27,42 +27,45 @@ def needs_own_rows(embedding: Embedding) -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """Columns of a row that one optimizer moves: the vector, or the first-order weight and its padding."""
+    """Columns of a row that one optimizer moves."""
 
     start: int
     stop: int
     settings: OptimizerSettings
-    l2: float
 
 
 def parts_of(embedding: Embedding, *, vector: int, width: int) -> list[Part]:
-    """The parts of a row of `width` columns whose first `vector` are a vector."""
-    parts = [
-        Part(0, vector, embedding, embedding.l2),
-        Part(vector, width, embedding.linear or embedding, embedding.first_order_l2),
-    ]
+    """The parts of a row of `width` columns whose first `vector` are a vector, the others a weight and its padding.
+
+    With one optimizer the row stays whole, as FBGEMM has it: row-wise Adagrad takes its mean over all columns.
+    """
+    if embedding.linear is None:
+        return [Part(0, width, embedding)]
+    parts = [Part(0, vector, embedding), Part(vector, width, embedding.linear)]
     return [part for part in parts if part.stop > part.start]
+
+
+def l2_of(embedding: Embedding, *, vector: int, width: int) -> Tensor | None:
+    """The factor of each column [W] whose product with the weights joins their gradients; None where all are 0."""
+    if embedding.l2_scope == "activations":
+        return None
+    l2_W = torch.tensor([embedding.l2] * vector + [embedding.first_order_l2] * (width - vector))
+    return l2_W if l2_W.any() else None
 
 
 class RowOptimizer:
     """Moves the rows of all tables that this rank holds. `step` counts from 1 and is set before each backward pass."""
 
-    def __init__(self, embedding: Embedding, *, dim: int) -> None:
-        self._embedding, self._dim = embedding, dim
+    def __init__(self, embedding: Embedding, *, layout: Layout) -> None:
+        self._embedding, self._layout = embedding, layout
         self.groups: list[RowGroup] = []
         self.step = 0
         self.rate = 1.0
 
     def attach(self, tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
         """Takes over the backward pass of these tables; their weights have to be initialised by now."""
-        every = self._embedding.update == "all" or (
-            self._embedding.l2_scope == "table" and (self._embedding.l2 > 0 or self._embedding.first_order_l2 > 0)
-        )
-        two_states = max(state_count(self._embedding), state_count(self._embedding.linear or self._embedding)) > 1
-        groups = []
-        for width in sorted({dim for _, dim, _, _ in tables.embedding_specs}):
-            parts = parts_of(self._embedding, vector=self._vector(width), width=width)
-            groups.append(RowGroup(tables, width, parts=parts, two_states=two_states))
+        widths = sorted({dim for _, dim, _, _ in tables.embedding_specs})
+        groups = [RowGroup(tables, width, embedding=self._embedding, vector=self._vector(width)) for width in widths]
         self.groups += groups
         lookup = tables.forward
 
@@ -72,7 +75,7 @@ class RowOptimizer:
 
             def backward(gradient_BD: Tensor) -> None:
                 for group in groups:
-                    group.move(indices, offsets, gradient_BD=gradient_BD, optimizer=self, every=every)
+                    group.move(indices, offsets, gradient_BD=gradient_BD, optimizer=self)
 
             with torch.no_grad():
                 rows_BD = lookup(indices, offsets, *rest, **named)
@@ -82,6 +85,8 @@ class RowOptimizer:
 
     def second_beside(self, first: Tensor) -> Tensor:
         """The second states of the rows whose first states are `first`, a view of an FBGEMM module's memory."""
+        if not first.numel():  # the shard of a table with fewer rows than ranks: it lies nowhere
+            return torch.empty_like(first)
         for group in self.groups:
             begin = (first.data_ptr() - group.states[0].data_ptr()) // first.element_size()
             if group.second_RW is not None and 0 <= begin < group.second_RW.numel():
@@ -89,12 +94,8 @@ class RowOptimizer:
         raise RuntimeError("an optimizer state belongs to no table of this rank")
 
     def _vector(self, width: int) -> int:
-        """A row of LANE columns holds a first-order weight alone, unless vectors are that short."""
-        return min(self._dim, width) if width != LANE or self._dim == LANE else 0
-
-    def regularised(self, part: Part) -> float:
-        """The factor of the weights that joins their gradients."""
-        return 0.0 if self._embedding.l2_scope == "activations" else part.l2
+        """Columns of the vector: rows of another width than those with one hold a first-order weight alone."""
+        return self._layout.sizes.dim if self._layout.vectors and width == self._layout.width else 0
 
 
 class _Lookup(Function):
@@ -115,9 +116,12 @@ class RowGroup:
     """The tables of one row width in an FBGEMM module, as one matrix [R, W], with states of the same shape."""
 
     def __init__(
-        self, tables: SplitTableBatchedEmbeddingBagsCodegen, width: int, *, parts: Sequence[Part], two_states: bool
+        self, tables: SplitTableBatchedEmbeddingBagsCodegen, width: int, *, embedding: Embedding, vector: int
     ) -> None:
-        self.parts = parts
+        self.parts = parts_of(embedding, vector=vector, width=width)
+        l2_W = l2_of(embedding, vector=vector, width=width)
+        self._whole_l2 = l2_W is not None and embedding.l2_scope == "table"
+        self._every = self._whole_l2 or embedding.update == "all"
         own = [at for at, spec in enumerate(tables.embedding_specs) if spec[1] == width]
         offsets = {at: int(tables.weights_physical_offsets[at]) for at in own}
         begin, end = min(offsets.values()), max(offsets[at] + tables.embedding_specs[at][0] * width for at in own)
@@ -125,6 +129,8 @@ class RowGroup:
             raise RuntimeError(f"tables of width {width} do not lie side by side: {tables.embedding_specs}")
         self.weights_RW = _memory(tables.weights_host, tables.weights_dev)[begin:end].view(-1, width)
         first_RW = _memory(tables.momentum1_host, tables.momentum1_dev)[begin:end].view(-1, width)
+        self.l2_W = None if l2_W is None else l2_W.to(first_RW.device)
+        two_states = max(state_count(embedding), state_count(embedding.linear or embedding)) > 1
         self.second_RW = torch.zeros_like(first_RW) if two_states else None
         self.states = [first_RW] if self.second_RW is None else [first_RW, self.second_RW]
         own_features = [at for at, table in enumerate(tables.feature_table_map) if table in offsets]
@@ -142,27 +148,26 @@ class RowGroup:
         for part, weights, states in self._views(slice(None)):
             start_states(part.settings, weights, states=states)
 
-    def move(
-        self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor, optimizer: RowOptimizer, every: bool
-    ) -> None:
+    def move(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor, optimizer: RowOptimizer) -> None:
         """One step by the gradient [B, D] of what was looked up: at most one id a feature and row of the batch."""
         rows_I, gradient_IW = self._gradients(indices, offsets, gradient_BD=gradient_BD)
         which: Tensor | slice = slice(None)
-        if every:
+        if self._every:
             gradient_RW = torch.zeros_like(self.weights_RW).index_add_(0, rows_I, gradient_IW)
         else:
             touched_R, inverse_I = torch.unique(rows_I, return_inverse=True)
             gradient_RW = gradient_IW.new_zeros(touched_R.shape[0], gradient_IW.shape[1])
             gradient_RW.index_add_(0, inverse_I, gradient_IW)
             which = touched_R
+        if self.l2_W is not None and (self._whole_l2 or not self._every):
+            gradient_RW.addcmul_(self.weights_RW[which], self.l2_W)
+        elif self.l2_W is not None:  # every row moves, those that were looked up are regularised
+            touched_R = torch.unique(rows_I)
+            gradient_RW.index_add_(0, touched_R, self.weights_RW[touched_R] * self.l2_W)
         for part, weights, states in self._views(which):
-            gradient = gradient_RW[:, part.start : part.stop]
-            if l2 := optimizer.regularised(part):
-                gradient = gradient.add(weights, alpha=l2)
-            update(
-                scaled(part.settings, optimizer.rate), weights, gradients=gradient, states=states, step=optimizer.step
-            )
-            if not every:
+            gradient, settings = gradient_RW[:, part.start : part.stop], scaled(part.settings, optimizer.rate)
+            update(settings, weights, gradients=gradient, states=states, step=optimizer.step)
+            if not self._every:
                 columns = slice(part.start, part.stop)
                 for whole, moved in zip([self.weights_RW, *self.states], [weights, *states], strict=False):
                     whole[which, columns] = moved

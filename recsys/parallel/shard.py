@@ -101,7 +101,7 @@ def shard(network: Network, embedding: Embedding, *, world: World, seed: int) ->
     if not own:
         _start_accumulators(fused, embedding)
         return Sharded(model, None)
-    rows = RowOptimizer(embedding, dim=network.layout.sizes.dim if network.layout.vectors else 0)
+    rows = RowOptimizer(embedding, layout=network.layout)
     for module in fused:
         rows.attach(module)
     return Sharded(model, rows)

@@ -38,12 +38,13 @@ def _state(sharded: Sharded, optimizer: Optimizer) -> dict[str, Any]:
     """Tensors alone: a checkpoint then needs no unpickling but of its index."""
     dense: Mapping[int, Mapping[str, Tensor]] = optimizer.state_dict()["state"]
     tables = sharded.model.fused_optimizer.state_dict()["state"]
-    return {
+    parts: dict[str, dict[str, Any]] = {
         "model": sharded.model.state_dict(),
         "tables": tables,
         "second": _second_states(tables, sharded.rows) if sharded.rows else {},
         "dense": {str(at): dict(state) for at, state in dense.items()},
     }
+    return {name: part for name, part in parts.items() if part}  # an empty one, of a rank without tables, is a key too
 
 
 def _second_states(tables: Mapping[str, Mapping[str, Any]], rows: RowOptimizer) -> dict[str, ShardedTensor]:
