@@ -23,7 +23,7 @@ MAX_ROWS = 16
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_the_program_scores_as_the_network_does(kind: str, dense: int, tmp_path: Path) -> None:
     schema = rich_schema(dense=dense)
-    network = network_of(config_of(kind), schema, std=0.2)
+    network = network_of(config_of(kind), schema, std=0.1)
     floats = len(schema.float_names)
     save_program(served_network(network), tmp_path, max_rows=MAX_ROWS, slots=len(schema.slot_names), floats=floats)
     program = load_program(tmp_path)
