@@ -27,14 +27,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 def models(*, json_: AsJson = False) -> None:
     """List the models with their papers and settings."""
-    from recsys.models import MODELS
+    from recsys.models import MODELS, default_of
 
     if json_:
         print(json.dumps({kind: {"paper": m.paper, "config": m.model_json_schema()} for kind, m in MODELS.items()}))
         return
     for kind, model in MODELS.items():
-        settings = ", ".join(f"{n} = {f.default}" for n, f in model.model_fields.items() if n != "kind")
-        print(f"{kind:12} {model.paper:36} {settings}")
+        settings = ", ".join(f"{n} = {default_of(f)}" for n, f in model.model_fields.items() if n != "kind")
+        print(f"{kind:14} {model.paper:46} {settings}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from recsys.models import MODELS
+from recsys.models import MODELS, default_of
 from recsys.models.head import ModelConfig
 from recsys.optim import OptimizerSettings
 
@@ -75,16 +75,7 @@ def optimizers() -> str:
 
 def row(name: str, field: FieldInfo) -> str:
     """One setting of a table; a pipe would end the cell."""
-    default = "needed" if field.is_required() else f"`{shown(field)}`"
-    return f"| `{name}` | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
-
-
-def shown(field: FieldInfo) -> str:
-    """The default as the experiment file would say it."""
-    value = field.get_default(call_default_factory=True)
-    if hasattr(value, "model_dump"):
-        return str(value.model_dump(exclude_defaults=True) or value.model_dump())
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return f"| `{name}` | `{default_of(field)}` | {(field.description or '').replace('|', chr(92) + '|')} |"
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ Shapes are named by their last letters: B rows, F fields with a vector, E single
 of fields, L first-order weights or positions of a sequence, K embedding size, N dense inputs, T tasks, D other widths.
 """
 
+import json
 from typing import Annotated, get_args
 
-from pydantic import Field
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
 
 from recsys.models.afm import AFMConfig
 from recsys.models.autoint import AutoIntConfig
@@ -60,3 +62,14 @@ AnyModel = Annotated[
 MODELS: dict[str, type[ModelConfig]] = {
     config.model_fields["kind"].default: config for config in get_args(get_args(AnyModel)[0])
 }
+
+
+def default_of(field: FieldInfo) -> str:
+    """A setting's default as the experiment file would say it; "needed" where there is none."""
+    if field.is_required():
+        return "needed"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        kind = {"kind": value.kind} if isinstance(value, ModelConfig) and hasattr(value, "kind") else {}
+        value = kind | value.model_dump(exclude_defaults=True)
+    return json.dumps(value)
