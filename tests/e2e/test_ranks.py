@@ -80,7 +80,7 @@ class Run:
         self.schema, self.world = schema, world
         self.sharded = shard(network_of(config, schema, dim=8, std=0.1), settings, world=world, seed=seed)
         self.model = self.sharded.model.train()
-        self.optimizer = dense_optimizer(self.model, Train(optimizer="adam", learning_rate=0.01, eps=1e-3))
+        self.optimizer = dense_optimizer(self.model, Train(optimizer="adam", learning_rate=0.01, eps=1e-3), linear=None)
         self.task_weights_T = torch.ones(len(schema.tasks))
 
     def step(self, step: int) -> float:

@@ -75,7 +75,7 @@ class Plain:
         self.weights = {table: self.network.tables.embedding_bags[table].weight for table in start}
         self.states = {table: [torch.zeros_like(weight) for _ in range(2)] for table, weight in start.items()}
         self.moved: dict[str, set[int]] = {}
-        self.optimizer = DenseOptimizer(self.network.head.parameters(), HEAD)
+        self.optimizer = DenseOptimizer([(list(self.network.head.parameters()), HEAD)])
         for table, weight in self.weights.items():
             weight.data.copy_(start[table])
             for columns, settings in self.parts(table):
@@ -127,7 +127,7 @@ class Trained:
         self.schema = schema
         network = network_of(config, schema, dim=embedding.dim)
         self.sharded: Sharded = shard(network, embedding, world=world, seed=SEED)
-        self.optimizer = dense_optimizer(self.sharded.model, HEAD)
+        self.optimizer = dense_optimizer(self.sharded.model, HEAD, linear=None)
 
     def step(self, step: int) -> float:
         self.sharded.begin_step(step)
