@@ -101,18 +101,24 @@ def _fnv1a(texts: pa.Array) -> Int64s:
     return not_reserved(keys)
 
 
+def inner_type(dtype: str) -> str:
+    """The type of a list's values; another type is its own."""
+    return dtype.removeprefix("list<").removesuffix(">")
+
+
 def typed_column(column: pa.ChunkedArray, *, name: str, dtype: str) -> pa.Array:
     """Checks the kind of value before any cast: a float is no id and a text is no number."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # some versions of pyarrow keep an empty column chunked
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    if not dtype.startswith("list<"):
+    inner = inner_type(dtype)
+    if inner == dtype:
         return _typed_values(array, name=name, dtype=dtype)
     if pa.types.is_null(array.type):
-        return pa.nulls(len(array), pa.large_list(ARROW[dtype[5:-1]]))
+        return pa.nulls(len(array), pa.large_list(ARROW[inner]))
     if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)):
         raise ValueError(f"column '{name}' holds {array.type}, wanted {dtype}")
-    values = _typed_values(array.flatten(), name=name, dtype=dtype[5:-1])  # a null list has no values
+    values = _typed_values(array.flatten(), name=name, dtype=inner)  # a null list has no values
     lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int64())
     return pa.LargeListArray.from_arrays(offsets, values)

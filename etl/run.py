@@ -177,7 +177,7 @@ def _encode(spec: FeatureSpec, split: str, *, folder: Path, schema: Schema, repo
         columns = encoded_columns(encoded, schema)
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
         if spec.data.group:
-            columns[GROUP] = batch["group:"]
+            columns[GROUP] = batch[GROUP]
         shards.write(pa.table(columns))
         report(f"encode {split}", shards.rows)
     shards.close()

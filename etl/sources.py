@@ -11,7 +11,8 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from etl.faults import Fault
-from etl.pack import ARROW, text_keys, typed_column
+from etl.pack import ARROW, inner_type, text_keys, typed_column
+from etl.schema import GROUP
 from etl.spec import Data, FeatureSpec, Task
 
 _BLOCK_BYTES = 16 << 20
@@ -46,7 +47,7 @@ def read_batches(spec: FeatureSpec, paths: Sequence[Path]) -> Iterator[pa.Record
                 for name, dtype in features.items()
             }
             if spec.data.group:
-                columns["group:"] = pa.array(text_keys(batch[spec.data.group].cast(pa.large_string())))
+                columns[GROUP] = pa.array(text_keys(batch[spec.data.group].cast(pa.large_string())))
             columns |= {f"label:{t.name}": _labels(batch[t.label], task=t, place=place) for t in spec.tasks}
             rows += batch.num_rows
             yield pa.record_batch(columns)
@@ -85,7 +86,7 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> pa.Table:
 
 def arrow_type(dtype: str) -> pa.DataType:
     """The Arrow type of a raw column."""
-    return pa.list_(ARROW[dtype[5:-1]]) if dtype.startswith("list<") else ARROW[dtype]
+    return pa.list_(ARROW[inner_type(dtype)]) if dtype.startswith("list<") else ARROW[dtype]
 
 
 def _needed(spec: FeatureSpec) -> list[str]:
@@ -177,7 +178,7 @@ def _typed(column: pa.Array, *, name: str, dtype: str, place: str) -> pa.Array:
 
 def _from_text(column: pa.Array, dtype: str) -> pa.Array:
     """Numbers that a text file holds as texts, also within lists."""
-    kind, inner = column.type, dtype.removeprefix("list<").removesuffix(">")
+    kind, inner = column.type, inner_type(dtype)
     if inner == "string":
         return column
     if pa.types.is_large_string(kind):

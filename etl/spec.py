@@ -199,6 +199,7 @@ class FeatureSpec(Section):
                 )
         self.raw_columns()
         self.shared_tables()
+        self.slots()
         return self
 
     def data_hash(self) -> str:
@@ -228,22 +229,22 @@ class FeatureSpec(Section):
     def slots(self) -> dict[str, int]:
         """The longest list of each list column that a packed row has room for."""
         found: dict[str, int] = {}
-        for feature in resolve(self.features):
-            if isinstance(feature, Bag | Sequence):
-                weights = feature.weight_column if isinstance(feature, Bag) else None
-                for column in filter(None, (column_of(feature), weights)):
-                    if found.setdefault(column, feature.max_length) != feature.max_length:
-                        raise ValueError(f"column '{column}' is read with two values of max_length")
+        for column, feature in self._list_columns():
+            if found.setdefault(column, feature.max_length) != feature.max_length:
+                raise ValueError(f"column '{column}' is read with two values of max_length")
         return found
 
     def separators(self) -> dict[str, str]:
         """What parts the values of each list column in text files; weights are parted as their ids."""
-        found: dict[str, str] = {}
+        return {column: feature.separator for column, feature in self._list_columns()}
+
+    def _list_columns(self) -> Iterator[tuple[str, Bag | Sequence]]:
+        """Each raw column of ids or weights, with the feature that reads it."""
         for feature in resolve(self.features):
             if isinstance(feature, Bag | Sequence):
-                weights = feature.weight_column if isinstance(feature, Bag) else None
-                found |= {column: feature.separator for column in (column_of(feature), weights) if column}
-        return found
+                yield column_of(feature), feature
+                if isinstance(feature, Bag) and feature.weight_column:
+                    yield feature.weight_column, feature
 
     def shared_tables(self) -> dict[str, list[Categorical | Bag | Sequence]]:
         """Features by table, of those that have a vocabulary or a hash."""
@@ -259,7 +260,6 @@ class FeatureSpec(Section):
         others = [str(f.name) for f in resolve(self.features) if isinstance(f, Cross | Numeric)]
         if taken := sorted(set(tables) & set(others)):
             raise ValueError(f"table '{taken[0]}' has the name of another feature's own table")
-        self.slots()
         return tables
 
 

@@ -32,11 +32,18 @@ class Run(NamedTuple):
     ids: int = 0
     floats: int = -1
 
+    def present_BL(self, ids_BS: Tensor, floats_BN: Tensor) -> Tensor:
+        """1 where there is an id, of the type of the floats."""
+        return (ids_BS[:, self.ids : self.ids + self.stop - self.start] >= 0).to(floats_BN.dtype)
+
     def values_BL(self, ids_BS: Tensor, floats_BN: Tensor) -> Tensor:
         """What multiplies the rows: 0 where there is no id."""
-        size = self.stop - self.start
-        present_BL = (ids_BS[:, self.ids : self.ids + size] >= 0).to(floats_BN.dtype)
-        return present_BL if self.floats < 0 else present_BL * floats_BN[:, self.floats : self.floats + size]
+        present_BL = self.present_BL(ids_BS, floats_BN)
+        return (
+            present_BL
+            if self.floats < 0
+            else present_BL * floats_BN[:, self.floats : self.floats + self.stop - self.start]
+        )
 
 
 def _mean_values(values_BL: Tensor) -> Tensor:
@@ -112,7 +119,7 @@ class Layout:
                 linear.append((rows_BLW[:, :, dim] * values_BL).sum(dim=1, keepdim=True))
             if run in self.unpooled:
                 sequences.append(rows_BLW[:, :, :dim] * values_BL[:, :, None])
-                masks.append((ids_BS[:, run.ids : run.ids + run.stop - run.start] >= 0).to(floats_BN.dtype))
+                masks.append(run.present_BL(ids_BS, floats_BN))
                 continue
             values_BL = _mean_values(values_BL) if run.combiner == "mean" else values_BL
             entries.append(rows_BLW[:, :, :dim] * values_BL[:, :, None])

@@ -72,6 +72,7 @@ class Trainer:
         self.sharded = shard(self.network, experiment.embedding, world=world, seed=experiment.seed)
         self.model = self.sharded.model
         self.optimizer = dense_optimizer(self.model, self.settings, linear=experiment.embedding.linear)
+        self.penalised = penalised_layers(self.network.head, self.settings.layer_l2)
         self.task_weights_T = torch.tensor([task.weight for task in schema.tasks], device=world.device)
         self._loss, self._summed, self._saved_step = torch.zeros((), device=world.device), 0, -1
         self._began, self._seconds_before, self._rows_before = time.monotonic(), 0.0, 0
@@ -82,10 +83,10 @@ class Trainer:
         if found:
             folder, self.progress = found
             restore(folder, self.sharded, optimizer=self.optimizer)
+            self._saved_step = self.progress.step
             self._set_rates()
         elif isinstance(self.experiment.model, FNNConfig) and (fm := self.experiment.model.init_from_fm):
             start_from_fm(self.sharded, self.network, schema=self.schema, run=Path(fm))
-            self._saved_step = self.progress.step
         self._seconds_before, self._rows_before = self.progress.seconds, self.progress.rows
         if self.world.rank == 0:
             self.lines = MetricsFile(self.run, last_step=self.progress.step)
@@ -104,7 +105,7 @@ class Trainer:
         with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"):
             scored = self.model(own.ids_BS, own.floats_BN)
         logloss, loss = mean_loss(scored, own, task_weights_T=self.task_weights_T, ranks=self.world.size)
-        if (penalty := head_penalty(self.network.head, self.settings.layer_l2)) is not None:
+        if (penalty := head_penalty(self.network.head, self.penalised)) is not None:
             loss = loss + penalty
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -228,18 +229,23 @@ def mean_loss(scored: Scored, batch: Batch, *, task_weights_T: Tensor, ranks: in
     return logloss, logloss + (scored.penalty_B * batch.real_B).sum() * ranks
 
 
-def head_penalty(head: Head, layer_l2: float | list[float]) -> Tensor | None:
-    """The regularisers of the head's own weights: `layer_l2` on linear layers in their order, and what the model adds.
+def penalised_layers(head: Head, layer_l2: float | list[float]) -> list[tuple[nn.Linear, float]]:
+    """The linear layers that `layer_l2` regularises, each with its factor; a list gives one for each in their order.
 
     Raises:
         Fault: another number of layers than of values.
     """
-    layers = [module.weight for module in head.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
     factors = layer_l2 if isinstance(layer_l2, list) else [layer_l2] * len(layers)
     if len(factors) != len(layers):
         got, wanted = f"{len(factors)} values", f"one number, or one for each of the {len(layers)} linear layers"
         raise Fault("train.layer_l2", got=got, wanted=wanted, remedy="give as many values as layers")
-    terms = [half_squares([weight]) * l2 for weight, l2 in zip(layers, factors, strict=True) if l2]
+    return [(layer, l2) for layer, l2 in zip(layers, factors, strict=True) if l2]
+
+
+def head_penalty(head: Head, layers: list[tuple[nn.Linear, float]]) -> Tensor | None:
+    """The regularisers of the head's own weights: those of `penalised_layers`, and what the model adds."""
+    terms = [half_squares([layer.weight]) * l2 for layer, l2 in layers]
     if (own := head.penalty()) is not None:
         terms.append(own)
     return torch.stack(terms).sum() if terms else None
@@ -247,11 +253,13 @@ def head_penalty(head: Head, layer_l2: float | list[float]) -> Tensor | None:
 
 def dense_optimizer(model: nn.Module, settings: Train, *, linear: OptimizerSettings | None) -> DenseOptimizer:
     """The optimizer of everything but the tables; `linear`, where given, that of first-order weights and their bias."""
-    first_order = {id(p) for module in model.modules() if isinstance(module, FirstOrder) for p in module.parameters()}
     parameters = [value for name, value in model.named_parameters() if "tables.embedding_bags" not in name]
-    wide = [value for value in parameters if linear and id(value) in first_order]
-    rest = [value for value in parameters if not (linear and id(value) in first_order)]
-    groups = [(rest, settings), *([(wide, linear)] if linear and wide else [])]
+    first_order = {id(p) for module in model.modules() if isinstance(module, FirstOrder) for p in module.parameters()}
+    own_settings = [linear if linear and id(value) in first_order else settings for value in parameters]
+    groups = [
+        ([value for value, chosen in zip(parameters, own_settings, strict=True) if chosen is own], own)
+        for own in filter(None, (settings, linear))
+    ]
     optimizer = DenseOptimizer([(values, own) for values, own in groups if values])
     if settings.weight_decay:
         optimizer.register_step_pre_hook(lambda o, a, k: _decay(parameters, settings, rate=optimizer.rate))

@@ -44,18 +44,17 @@ def fit(spec: FeatureSpec, train: Path, *, transform: Path) -> tuple[Json, list[
 
 def _described(feature: Looked | Numeric | Cross, step: Json) -> IdFeature:
     """The feature as later stages see it."""
-    listed = isinstance(feature, Bag | Sequence)
-    kind = feature.as_ if isinstance(feature, Numeric) else feature.type
-    return IdFeature(
+    described = IdFeature(
         name=step["name"],
-        type=kind,
+        type=feature.as_ if isinstance(feature, Numeric) else feature.type,
         table=step["table"],
         linear_only=feature.linear_only,
-        slots=feature.max_length if isinstance(feature, Bag | Sequence) else 1,
         weighted=step["kind"] == "field" or bool(step.get("weights")),
-        combiner=feature.combiner if isinstance(feature, Bag | Sequence) else "sum",
-        dtype="list<int64>" if listed else "int64",
     )
+    if not isinstance(feature, Bag | Sequence):
+        return described
+    lists = {"slots": feature.max_length, "combiner": feature.combiner, "dtype": "list<int64>"}
+    return described.model_copy(update=lists)
 
 
 def _signature(spec: FeatureSpec) -> Json:

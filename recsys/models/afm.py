@@ -25,7 +25,7 @@ class AFMConfig(ModelConfig):
     mask_empty: bool = Field(False, description="pairs with a field that is empty in a row get no attention")
     projection_bias: bool = Field(False, description="a bias on the projection, beside the model's own")
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return AFM(self, sizes)
 
 

@@ -22,7 +22,7 @@ class AutoIntConfig(Tower, ModelConfig):
     scaled: bool = Field(False, description="divide the scores by the root of 'attention_dim'; the paper does not")
     deep: bool = Field(True, description="add the MLP on vectors and dense inputs (AutoInt+)")
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return AutoInt(self, sizes)
 
 

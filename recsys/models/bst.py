@@ -32,9 +32,7 @@ class BSTConfig(Tower, ModelConfig):
         widths = [len(pair.query) * sizes.dim for pair in self.attention]
         return found + [f"attention: {self.heads} heads for a width of {w}" for w in widths if w % self.heads]
 
-    def build(self, sizes: Sizes) -> Head:
-        if faults := self.faults(sizes):
-            raise ValueError("; ".join(faults))
+    def head(self, sizes: Sizes) -> Head:
         return BST(self, sizes)
 
 

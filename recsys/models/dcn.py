@@ -24,7 +24,7 @@ class DCNConfig(Tower, ModelConfig):
     cross_l2: float = Field(0.0, ge=0, description="half of this times the squared cross weights and biases")
     cross_bias_init: Literal["zeros", "glorot"] = Field("zeros", description="glorot: random, drawn as the weights are")
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return DCN(self, sizes)
 
 

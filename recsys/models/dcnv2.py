@@ -30,7 +30,7 @@ class DCNV2Config(Tower, ModelConfig):
             raise ValueError(f"'experts' = {self.experts} needs a 'rank' of at least 1")
         return self
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return DCNV2(self, sizes)
 
 

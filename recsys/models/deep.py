@@ -15,7 +15,7 @@ class DeepConfig(Tower, ModelConfig):
     linear: ClassVar[bool] = False
     kind: Literal["deep"] = "deep"
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return Deep(self, sizes)
 
 

@@ -28,7 +28,7 @@ class DeepCrossingConfig(ModelConfig):
             raise ValueError(f"'keep_prob' has {len(self.keep_prob)} values for {len(self.hidden)} residual units")
         return self
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return DeepCrossing(self, sizes)
 
 

@@ -15,7 +15,7 @@ class DeepFMConfig(Tower, ModelConfig):
     paper: ClassVar[str] = "https://arxiv.org/abs/1703.04247"
     kind: Literal["deepfm"] = "deepfm"
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return DeepFM(self, sizes)
 
 

@@ -29,9 +29,7 @@ class DINConfig(Tower, ModelConfig):
     def faults(self, sizes: Sizes) -> list[str]:
         return [*super().faults(sizes), *(fault for pair in self.attention for fault in pair.faults(sizes))]
 
-    def build(self, sizes: Sizes) -> Head:
-        if faults := self.faults(sizes):
-            raise ValueError("; ".join(faults))
+    def head(self, sizes: Sizes) -> Head:
         return DIN(self, sizes)
 
 

@@ -20,9 +20,7 @@ class DLRMConfig(Tower, ModelConfig):
     kind: Literal["dlrm"] = "dlrm"
     bottom_hidden: Widths = Field([512, 256], description="widths of the dense inputs' MLP, which ends in a vector")
 
-    def build(self, sizes: Sizes) -> Head:
-        if faults := self.faults(sizes):
-            raise ValueError("; ".join(faults))
+    def head(self, sizes: Sizes) -> Head:
         return DLRM(self, sizes)
 
     def faults(self, sizes: Sizes) -> Sequence[str]:

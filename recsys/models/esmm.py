@@ -77,9 +77,7 @@ class ESMMConfig(ModelConfig):
             found += [f"{name} tower: {fault}" for fault in tower.faults(sizes._replace(tasks=(name,)))]
         return found
 
-    def build(self, sizes: Sizes) -> Head:
-        if faults := self.faults(sizes):
-            raise ValueError("; ".join(faults))
+    def head(self, sizes: Sizes) -> Head:
         return ESMM(self, sizes)
 
 

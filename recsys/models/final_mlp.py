@@ -39,9 +39,7 @@ class FinalMLPConfig(Tower, ModelConfig):
         hidden = self.stream2_hidden or self.hidden
         return Tower(hidden=hidden, activation=self.activation, keep_prob=self.keep_prob, batch_norm=self.batch_norm)
 
-    def build(self, sizes: Sizes) -> Head:
-        if faults := self.faults(sizes):
-            raise ValueError("; ".join(faults))
+    def head(self, sizes: Sizes) -> Head:
         return FinalMLP(self, sizes)
 
     def faults(self, sizes: Sizes) -> Sequence[str]:

@@ -14,7 +14,7 @@ class FMConfig(ModelConfig):
     paper: ClassVar[str] = "https://doi.org/10.1109/ICDM.2010.127"
     kind: Literal["fm"] = "fm"
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return FM(sizes)
 
 

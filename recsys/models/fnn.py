@@ -52,7 +52,7 @@ class FNNConfig(LogitTower, ModelConfig):
         """First-order weights are read only where the first layer sees them."""
         return self.include_linear
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return FNN(self, sizes)
 
 

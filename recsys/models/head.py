@@ -83,9 +83,15 @@ class ModelConfig(Section, ABC):
     linear: ClassVar[bool] = True
     unpooled: ClassVar[bool] = False
 
-    @abstractmethod
     def build(self, sizes: Sizes) -> Head:
         """The head, its weights not yet initialised. Raises ValueError where `faults` is not empty."""
+        if faults := self.faults(sizes):
+            raise ValueError("; ".join(faults))
+        return self.head(sizes)
+
+    @abstractmethod
+    def head(self, sizes: Sizes) -> Head:
+        """The head of a model that has what it needs."""
 
     def faults(self, sizes: Sizes) -> Sequence[str]:
         """What the features and tasks lack for this model, a sentence each."""

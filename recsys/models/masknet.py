@@ -24,7 +24,7 @@ class MaskNetConfig(Tower, ModelConfig):
         [64], description="widths of the MLP on the blocks; empty: none, as in the paper's serial network"
     )
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return MaskNet(self, sizes)
 
 

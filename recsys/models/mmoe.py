@@ -20,7 +20,7 @@ class MMoEConfig(ModelConfig):
     expert: Tower = Field(Tower(hidden=[256, 128]), description="one expert")
     tower: Tower = Field(Tower(hidden=[64]), description="one task's MLP on its mixture")
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return MMoE(self, sizes)
 
 

@@ -30,7 +30,7 @@ class NFMConfig(Tower, ModelConfig):
         keeps = self.keep_prob if isinstance(self.keep_prob, list) else [self.keep_prob] * count
         return self.model_copy(update={"keep_prob": [self.bi_keep, *keeps][:count]})
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return NFM(self, sizes)
 
 

@@ -23,7 +23,7 @@ class PLEConfig(ModelConfig):
     expert: Tower = Field(Tower(hidden=[256, 128]), description="one expert")
     tower: Tower = Field(Tower(hidden=[64]), description="one task's MLP on its last mixture")
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return PLE(self, sizes)
 
 

@@ -22,7 +22,7 @@ class PNN1Config(LogitTower, ModelConfig):
     linear: ClassVar[bool] = False
     kind: Literal["pnn1"] = "pnn1"
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return PNN1(self, sizes)
 
 
@@ -36,7 +36,7 @@ class PNN2Config(LogitTower, ModelConfig):
         "mat", description="what weighs a pair's products: a K x K matrix, K numbers or one number a pair"
     )
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return PNN2(self, sizes)
 
 

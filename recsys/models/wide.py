@@ -15,7 +15,7 @@ class WideConfig(ModelConfig):
     vectors: ClassVar[bool] = False
     kind: Literal["wide"] = "wide"
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return Wide(sizes)
 
 

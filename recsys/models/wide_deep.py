@@ -15,7 +15,7 @@ class WideDeepConfig(Tower, ModelConfig):
     paper: ClassVar[str] = "https://arxiv.org/abs/1606.07792"
     kind: Literal["wide_deep"] = "wide_deep"
 
-    def build(self, sizes: Sizes) -> Head:
+    def head(self, sizes: Sizes) -> Head:
         return WideDeep(self, sizes)
 
 

@@ -1,6 +1,6 @@
 """Shards a network's tables over the ranks and wraps its dense part, all from outside."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel, Shardin
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import ShardedTensor
+from torchrec.distributed.types import Shard, ShardedTensor
 from torchrec.optim import RowWiseAdagrad, apply_optimizer_in_backward
 
 from recsys.experiment import Embedding
@@ -53,12 +53,9 @@ class Sharded:
 
     def set_rows(self, tables: Mapping[str, Tensor]) -> None:
         """Overwrites this rank's rows of the tables [R, W] with given ones; optimizers begin anew from them."""
-        state: dict[str, Any] = self.model.state_dict()
-        for name, rows_RW in tables.items():
-            weight: ShardedTensor = state[f"tables.embedding_bags.{name}.weight"]
-            for part in weight.local_shards():
-                (first, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
-                part.tensor.detach().copy_(rows_RW[first : first + rows, column : column + columns])
+        for name, part in _own_shards(self.model, tables):
+            (first, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
+            part.tensor.detach().copy_(tables[name][first : first + rows, column : column + columns])
         for group in self.rows.groups if self.rows else ():
             group.start()
 
@@ -126,9 +123,15 @@ def _start_accumulators(fused: list[SplitTableBatchedEmbeddingBagsCodegen], embe
 def _fill(model: nn.Module, network: Network, *, std: float, seed: int) -> None:
     layout = network.layout
     vectors = {table: layout.sizes.dim if at < layout.vectors else 0 for at, (_, table) in enumerate(layout.slots)}
+    for table, part in _own_shards(model, vectors):
+        first_row, vector = part.metadata.shard_offsets[0], vectors[table]
+        init_rows(part.tensor.detach(), table=table, first_row=first_row, vector=vector, std=std, seed=seed)
+
+
+def _own_shards(model: nn.Module, tables: Iterable[str]) -> Iterator[tuple[str, Shard]]:
+    """What this rank holds of each table's weights."""
     state: dict[str, Any] = model.state_dict()
-    for table, vector in vectors.items():
+    for table in tables:
         weight: ShardedTensor = state[f"tables.embedding_bags.{table}.weight"]
         for part in weight.local_shards():
-            first_row = part.metadata.shard_offsets[0]
-            init_rows(part.tensor.detach(), table=table, first_row=first_row, vector=vector, std=std, seed=seed)
+            yield table, part

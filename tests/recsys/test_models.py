@@ -114,7 +114,7 @@ class LogisticConfig(ModelConfig):
     vectors = False
     kind: str = Field("logistic")
 
-    def build(self, sizes: Any) -> Any:
+    def head(self, sizes: Any) -> Any:
         return MODELS["wide"]().build(sizes)
 
 
