@@ -1,8 +1,8 @@
 """Trains experiments for several seeds and writes what they reach on their test rows into docs/accuracy.csv.
 
 Each run is a process of its own; a run that is finished is not repeated and one that was killed goes on, so the script
-can be stopped and started again at any time. Lines of other experiments stay in the file. `python scripts/write_docs.py`
-then brings the figures into the tables of the documentation.
+can be stopped and started again at any time. Lines of other experiments stay in the file. Then
+`python scripts/write_docs.py` brings the figures into the tables of the documentation.
 
     python scripts/accuracy.py experiments/adult/*.toml --out out/accuracy
 """

@@ -1,17 +1,15 @@
 """Every model of the registry keeps the same contract, on a schema with every kind of feature."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from etl.schema import Schema
 from recsys.layout import Layout
 from recsys.models import MODELS
-from recsys.models.head import Inputs, ModelConfig
+from recsys.models.head import Inputs
 from recsys.models.wide_deep import WideDeepConfig
 from recsys.network import Network, init_rows
 from tests.registry import config_of, id_feature, network_of, random_rows, rich_schema, schema_of
@@ -105,25 +103,6 @@ class TestEveryModel:
     def test_settings_survive_json(self, kind: str) -> None:
         config = config_of(kind)
         assert MODELS[kind].model_validate_json(config.model_dump_json()) == config
-
-
-class LogisticConfig(ModelConfig):
-    """A model that a user adds: one file and one line of the registry."""
-
-    paper = "https://example.org"
-    vectors = False
-    kind: str = Field("logistic")
-
-    def head(self, sizes: Any) -> Any:
-        return MODELS["wide"]().build(sizes)
-
-
-def test_a_new_model_needs_its_file_and_a_line_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two places: the class, and MODELS. What goes over the registry finds it."""
-    monkeypatch.setitem(MODELS, "logistic", LogisticConfig)
-    schema = rich_schema()
-    network = network_of(config_of("logistic"), schema)
-    assert network(*random_rows(schema, 4)).logits_BT.shape == (4, 2)
 
 
 def test_rows_start_the_same_however_they_are_cut() -> None:

@@ -9,8 +9,8 @@ from recsys.models import MODELS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_page_of_models_is_what_the_code_says() -> None:
-    line = [sys.executable, "scripts/models_doc.py", "--check"]
+def test_the_tables_are_what_the_code_and_the_figures_say() -> None:
+    line = [sys.executable, "scripts/write_docs.py", "--check"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
