@@ -1,7 +1,8 @@
 """Writes what the documentation says of every model: its paper, what it reads, its settings and what it reaches.
 
-The sources are the code and docs/accuracy.csv. docs/models.md is written whole; README.md and docs/accuracy.md have tables
-between marks. With --check nothing is written, and it fails where a file is not what it would be; a test runs it so.
+The sources are the code and docs/accuracy.csv. docs/models.md is written whole; README.md and docs/accuracy.md have
+tables between marks. With --check nothing is written, and it fails where a file is not what it would be; a test runs it
+so.
 """
 
 import argparse
