@@ -20,6 +20,7 @@ from etl.transform import (
     Packed,
     Signature,
     Transform,
+    beside,
     check_numbers,
     not_reserved,
 )
@@ -42,8 +43,8 @@ def pack(table: pa.Table, signature: Signature) -> Packed:
     keys = [_packed(typed[name], name=name, signature=signature) for name in signature.keys]
     numbers = [_packed(_as_numbers(typed[name]), name=name, signature=signature) for name in signature.numbers]
     return Packed(
-        np.concatenate([np.empty((size, 0), np.int64), *keys], axis=1),
-        np.concatenate([np.empty((size, 0), np.float64), *numbers], axis=1),
+        beside([np.empty((size, 0), np.int64), *keys]),
+        beside([np.empty((size, 0), np.float64), *numbers]),
     )
 
 

@@ -1,8 +1,11 @@
 """The ETL job: stage typed raw rows, fit on the training rows alone, encode every split, write the folder at once."""
 
-from collections.abc import Callable
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,8 @@ from etl.transform import Encoded, Transform, mix
 
 SPLITS = ("train", "valid", "test")
 Report = Callable[[str, int], None]
+Part = TypeVar("Part")
+Done = TypeVar("Done")
 
 
 def run(spec: FeatureSpec, out: Path, *, report: Report) -> Json:
@@ -168,21 +173,45 @@ def _encode(spec: FeatureSpec, split: str, *, folder: Path, schema: Schema, repo
     names = [step["name"] for step in transform.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
     shards = _Shards(folder / split, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
-    file = pq.ParquetFile(folder / "raw" / f"{split}.parquet")
-    for batch in file.iter_batches(batch_size=spec.etl.rows_per_group):
+
+    def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
+        first, batch = part
         raw = pa.Table.from_batches([batch]).select(list(transform.signature.columns))
-        encoded = encode(raw, transform, place=f"{split} rows {shards.rows + 1} to {shards.rows + batch.num_rows}")
-        missing += encoded.missing
-        unseen += encoded.unseen
+        encoded = encode(raw, transform, place=f"{split} rows {first + 1} to {first + batch.num_rows}")
         columns = encoded_columns(encoded, schema)
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
-        if spec.data.group:
-            columns[GROUP] = batch[GROUP]
-        shards.write(pa.table(columns))
+        return encoded, pa.table(columns | ({GROUP: batch[GROUP]} if spec.data.group else {}))
+
+    file = pq.ParquetFile(folder / "raw" / f"{split}.parquet")
+    for encoded, table in _in_order(encoded_rows, _numbered(file.iter_batches(batch_size=spec.etl.rows_per_group))):
+        missing += encoded.missing
+        unseen += encoded.unseen
+        shards.write(table)
         report(f"encode {split}", shards.rows)
     shards.close()
     counts = zip(names, missing.tolist(), unseen.tolist(), strict=True)
     return {"rows": shards.rows, "features": {name: {"missing": m, "unseen": u} for name, m, u in counts}}
+
+
+def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Each batch with the number of its first row."""
+    first = 0
+    for batch in batches:
+        yield first, batch
+        first += batch.num_rows
+
+
+def _in_order(work: Callable[[Part], Done], parts: Iterable[Part]) -> Iterator[Done]:
+    """What `work` makes of the parts, in their order; as many at once as there are cores, so memory stays bounded."""
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:
+        pending: deque[Future[Done]] = deque()
+        for part in parts:
+            pending.append(pool.submit(work, part))
+            if len(pending) > cores:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 class _Shards:

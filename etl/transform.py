@@ -107,6 +107,12 @@ class Signature:
         return [name for name in names for _ in range(self.slots.get(name, 1))]
 
 
+def beside(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Matrices [B, ...] side by side, stored column by column: columns are what is read and written."""
+    joined: npt.NDArray[Any] = np.concatenate([part.T for part in parts])
+    return joined.T
+
+
 def check_numbers(numbers: Float64s, names: Sequence[str]) -> None:
     """Raises ValueError naming the first column of [B, M] that holds NaN or infinity."""
     finite = np.isfinite(numbers)
@@ -115,27 +121,53 @@ def check_numbers(numbers: Float64s, names: Sequence[str]) -> None:
         raise ValueError(f"column '{names[column]}' holds {numbers[row, column]} at row {row}: send null for missing")
 
 
-@dataclass(frozen=True)
 class Vocabulary:
-    """Sorted keys int64 [V] and the table row of each, both of the same length."""
+    """Keys int64 [V], each once, and the table row of each, in a hash table with linear probing.
 
-    keys: Int64s
-    rows: Int64s
+    Whole columns are looked up at once: a vectorised step compares every key with its slot, the few that met another
+    key go one slot further. At most half of the slots are taken.
+    """
+
+    def __init__(self, keys: Int64s, rows: Int64s) -> None:
+        bits = max(1, (2 * len(keys) - 1).bit_length()) if len(keys) else 1
+        self._shift, self._last = np.uint64(64 - bits), (1 << bits) - 1
+        self._keys = np.full(1 << bits, NO_KEY, np.int64)
+        self._rows = np.zeros(1 << bits, np.int64)
+        slots, left = self._home(keys), np.arange(len(keys))
+        while left.size:
+            free = self._keys[slots[left]] == NO_KEY
+            tried, others = left[free], left[~free]
+            self._keys[slots[tried]] = keys[tried]
+            placed = self._keys[slots[tried]] == keys[tried]
+            self._rows[slots[tried[placed]]] = rows[tried[placed]]
+            left = np.concatenate([others, tried[~placed]])
+            slots[left] = (slots[left] + 1) & self._last
 
     @classmethod
     def read(cls, path: Path) -> "Vocabulary":
         """From the vocabulary parquet: columns value, key, row, count."""
         table = pq.read_table(path, columns=["key", "row"])
-        keys, rows = (table[name].to_numpy() for name in ("key", "row"))
-        order = np.argsort(keys)
-        return cls(keys[order], rows[order])
+        return cls(*(table[name].to_numpy() for name in ("key", "row")))
 
     def __call__(self, keys: Int64s) -> Int64s:
-        """Rows of the keys; 0 where unseen or missing."""
-        if not len(self.keys):
-            return np.zeros_like(keys)
-        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return np.where(self.keys[at] == keys, self.rows[at], 0)
+        """Rows of the keys, of the same shape; 0 where unseen or missing."""
+        flat = keys.reshape(-1)
+        slots = self._home(flat)
+        found, rows = self._keys.take(slots), self._rows.take(slots)
+        at = np.flatnonzero(found != flat)
+        rows[at] = 0
+        sought, slots, found = flat.take(at), slots.take(at), found.take(at)
+        while (others := np.flatnonzero(found != NO_KEY)).size:
+            at, sought, slots = at.take(others), sought.take(others), (slots.take(others) + 1) & self._last
+            found = self._keys.take(slots)
+            hits = np.flatnonzero(found == sought)
+            rows[at.take(hits)] = self._rows.take(slots.take(hits))
+            found[hits] = NO_KEY
+        return rows.reshape(keys.shape)
+
+    def _home(self, keys: Int64s) -> Int64s:
+        """The slot where each key's search begins."""
+        return (mix(keys) >> self._shift).astype(np.int64)
 
 
 class Transform:
@@ -170,8 +202,8 @@ class Transform:
         missing = np.array([np.count_nonzero(key == MISSING_KEY) for key in keys.values()], np.int64)
         zeros = np.array([np.count_nonzero(rows == 0) for rows in ids], np.int64)
         return Encoded(
-            np.concatenate([np.zeros((size, 0), np.int64), *ids], axis=1),
-            np.concatenate([none, *dense, *values], axis=1).astype(np.float32),
+            beside([np.zeros((size, 0), np.int64), *ids]),
+            beside([none, *dense, *values]).astype(np.float32),
             missing,
             zeros - missing,
         )
