@@ -161,3 +161,14 @@ def test_dlrm_without_dot_products_reads_the_vectors_themselves() -> None:
     changed_BN = floats_BN.clone()
     changed_BN[:, 0] += 1
     assert not torch.equal(network(ids_BS, floats_BN).logits_BT, network(ids_BS, changed_BN).logits_BT)
+
+
+def test_the_towers_of_esmm_share_the_storage_of_every_table() -> None:
+    schema = rich_schema()
+    network = network_of(config_of("esmm"), schema)
+    tables = list(network.tables.parameters())
+    assert len({table.untyped_storage().data_ptr() for table in tables}) == len(tables) == len(network.layout.widths())
+    inputs = network.inputs(*random_rows(schema, 32))
+    for tower in (network.head.click, network.head.conversion):
+        gradients = torch.autograd.grad(tower(inputs).sum(), tables, retain_graph=True)
+        assert all(gradient.ne(0).any() for gradient in gradients)
