@@ -66,11 +66,11 @@ def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch
         return "skip" if data.comment and row.text.startswith(data.comment) else "error"
 
     delimiter = "\t" if data.format == "tsv" else ","
-    skipped, first_line = _leading(data, path)
-    if data.columns and first_line is None:
-        return  # a day without traffic, in files without a header
-    if not data.columns and first_line is not None:
-        _check_columns(next(csv.reader([first_line], delimiter=delimiter)), names)
+    skipped, head = _leading(data, path)
+    if not data.columns and head:
+        _check_columns(next(csv.reader(head, delimiter=delimiter)), names)
+    if len(head) == (0 if data.columns else 1):
+        return  # a day without traffic
     with pa.input_stream(str(path), compression="detect") as stream:
         reader = pa_csv.open_csv(
             stream,
@@ -86,15 +86,15 @@ def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch
             yield _clean(data, batch)
 
 
-def _leading(data: Data, path: Path) -> tuple[int, str | None]:
-    """Comment lines before the first row, which the reader would take for the header or for the row's width; and the
-    line after them, the header where files have one."""
+def _leading(data: Data, path: Path) -> tuple[int, list[str]]:
+    """Comment lines before the first row, which the reader would take for the header or for the row's width; and up to
+    two lines after them, the first of which is the header where files have one."""
     with pa.input_stream(str(path), compression="detect") as stream:
         lines = stream.read(1 << 20).decode("utf-8-sig", errors="replace").splitlines()
     for count, line in enumerate(lines):
         if not data.comment or not line.startswith(data.comment):
-            return count, line
-    return len(lines), None
+            return count, lines[count : count + 2]
+    return len(lines), []
 
 
 def _clean(data: Data, batch: pa.RecordBatch) -> pa.RecordBatch:

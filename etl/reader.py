@@ -13,7 +13,7 @@ from etl.formats import raw_batches
 from etl.pack import ARROW, inner_type, text_keys, typed_column
 from etl.schema import GROUP
 from etl.spec import FeatureSpec, Task
-from etl.transform import Int64s
+from etl.transform import RESERVED_KEYS, Int64s
 
 SPLIT, USER = "split:", "negatives:user"
 
@@ -189,6 +189,11 @@ def _typed(column: pa.Array, *, name: str, dtype: str, place: str) -> pa.Array:
         kind = dtype.replace("string", "text").replace("int64", "whole numbers").replace("float64", "numbers")
         remedy = "mend the file, name the text in [data] null_values, or change the feature's type"
         raise Fault(f"{place}, column '{name}'", got=str(error), wanted=kind, remedy=remedy) from None
+    if inner_type(dtype) == "int64":
+        lowest = pc.min(array if dtype == "int64" else array.values).as_py()
+        if lowest in RESERVED_KEYS:
+            got, remedy = f"{lowest}, which stands for missing", "leave the value empty"
+            raise Fault(f"{place}, column '{name}'", got=got, wanted="whole numbers above that", remedy=remedy)
     if dtype != "float64":
         return array
     if pc.any(pc.is_inf(array)).as_py():
