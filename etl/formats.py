@@ -15,7 +15,7 @@ from etl.data_spec import Data
 from etl.faults import Fault
 from etl.libsvm import libsvm_batches
 
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 4 << 20  # the reader holds up to 32 blocks that wait
 
 
 def files(patterns: Sequence[str], *, what: str) -> list[Path]:
@@ -42,7 +42,7 @@ def raw_batches(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.Reco
     read = {"parquet": _parquet, "libsvm": libsvm_batches, "libffm": libsvm_batches}.get(data.format, _csv)
     try:
         yield from read(data, path, names=names)
-    except (pa.ArrowInvalid, pa.ArrowKeyError, pa.ArrowNotImplementedError, OSError, EOFError, UnicodeDecodeError) as e:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as e:
         remedy = "check the file, and [data] format, columns and comment"
         wanted = f"a readable {data.format} file with the columns {', '.join(names)}"
         raise Fault(str(path), got=str(e).strip(), wanted=wanted, remedy=remedy) from None
@@ -90,11 +90,11 @@ def _leading(data: Data, path: Path) -> tuple[int, list[str]]:
     """Comment lines before the first row, which the reader would take for the header or for the row's width; and up to
     two lines after them, the first of which is the header where files have one."""
     with pa.input_stream(str(path), compression="detect") as stream:
-        lines = stream.read(1 << 20).decode("utf-8-sig", errors="replace").splitlines()
-    for count, line in enumerate(lines):
-        if not data.comment or not line.startswith(data.comment):
-            return count, lines[count : count + 2]
-    return len(lines), []
+        lines = stream.read(1 << 20).splitlines()
+    comment = data.comment.encode() if data.comment else None
+    count = next((at for at, line in enumerate(lines) if not comment or not line.startswith(comment)), len(lines))
+    head = [line.decode("utf-8-sig", errors="replace") for line in lines[count:] if line.strip()]
+    return count, head[:2]
 
 
 def _clean(data: Data, batch: pa.RecordBatch) -> pa.RecordBatch:

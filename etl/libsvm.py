@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from etl.data_spec import Data
 from etl.faults import Fault
 
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 4 << 20
 _TOKENS = {
     "libsvm": r"^(?P<id>[^:]+):(?P<value>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)$",
     "libffm": r"^(?P<field>[^:]+):(?P<id>[^:]+):(?P<value>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)$",

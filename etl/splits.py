@@ -19,7 +19,7 @@ Parts = npt.NDArray[np.int8]
 Divide = Callable[[pa.RecordBatch, int], Parts]
 """From a batch of training rows, and the position of its first row among all of them."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _DIGIT = np.uint64(16)
 
 

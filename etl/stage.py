@@ -17,6 +17,7 @@ from etl.spec import FeatureSpec
 from etl.splits import SPLITS, division
 
 Report = Callable[[str, int], None]
+_GROUP_ROWS = 65_536
 _OWN = (ROW, SPLIT, "history:", "negatives:")
 
 
@@ -96,20 +97,29 @@ def _without_own(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 class _Writer:
-    """One split's staged rows, written as they come."""
+    """One split's staged rows, written as they come, in row groups of a size that reads well."""
 
     def __init__(self, path: Path, *, split: str) -> None:
         self._path, self._split, self._rows = path, split, 0
         self._writer: pq.ParquetWriter | None = None
+        self._waiting: list[pa.RecordBatch] = []
 
     def write(self, batch: pa.RecordBatch) -> None:
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, batch.schema)
-        self._writer.write_batch(batch)
+        self._waiting.append(batch)
         self._rows += batch.num_rows
+        if sum(waiting.num_rows for waiting in self._waiting) >= _GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        table, self._waiting = pa.Table.from_batches(self._waiting), []
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema)
+        self._writer.write_table(table)
 
     def close(self) -> None:
         """Raises Fault where no row came."""
+        if self._waiting:
+            self._flush()
         if self._writer is not None:
             self._writer.close()
         if not self._rows:

@@ -98,7 +98,7 @@ CASES = [
     Case("infinity", rows(LABEL + "1", "u,2,inf,a,1,0"), f"{FIRST}, column 'price'", "infinity", "finite numbers"),
     Case("a reserved id", rows(LABEL + "1", f"u,{-(2**63)},1,a,1,0"), f"{FIRST}, column 'item'", "stands for", "whole"),
     Case("a list that is too long", rows(LABEL + "1", "u,2,1,a|b|c,1,0"), "train rows", "holds 3 values", "columns"),
-    Case("a label that is neither", rows(LABEL + "1", LABEL + "2"), f"{FIRST}, column 'click'", "'2' as label", "0 or 1"),
+    Case("a label that is neither", rows(LABEL + "1", LABEL + "2"), f"{FIRST}, column 'click'", "'2' as label", "0 or"),
     Case("no label", rows(LABEL + "1", LABEL), f"{FIRST}, column 'click'", "None as label 2", "0 or 1"),
     Case("labels of one class", rows(LABEL + "1", LABEL + "1"), "data.train", "only class 1", "both classes"),
     Case("ids as floats", parquet(item=[1.0, 2.0]), f"{PARQUET}, column 'item'", "double", "whole numbers", ARROW),

@@ -180,6 +180,13 @@ def test_globs_are_read_in_order_and_each_file_once(folder: Path) -> None:
         read(ITEMS, format="tsv", train=["rows*", "rows2.tsv"])
 
 
+def test_a_header_after_a_byte_order_mark_remarks_and_blank_lines(folder: Path) -> None:
+    Path("rows.csv").write_bytes("\ufeffitem,price,click\r\n4,1,1\r\n".encode())
+    assert read(ITEMS)["item"] == [4]
+    Path("rows.csv").write_text("# one\n# two\n\nitem,price,click\n# three\n4,1,1\n\n5,1,1\n")
+    assert read(ITEMS, comment="#")["item"] == [4, 5]
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [

@@ -1,5 +1,8 @@
 """How training files are divided, and that the raw rows of a split are those of the dataset folder."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ SPEC: dict[str, Any] = {
         {"type": "categorical", "name": "time", "dtype": "int64"},
     ],
 }
+HERE = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 RNG = np.random.default_rng(0)
 TIMES = RNG.integers(0, 400, ROWS)
 USERS = [f"u{user}" if user else None for user in RNG.integers(0, 60, ROWS)]
@@ -189,3 +193,33 @@ def test_splits_that_make_no_sense(split: dict[str, Any], data: dict[str, Any], 
 def test_splits_that_the_rows_do_not_allow(folder: Path, split: dict[str, Any], message: str) -> None:
     with pytest.raises(Fault, match=message):
         rows(spec(split))
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from etl.spec import FeatureSpec
+from etl.stage import stage
+stage(FeatureSpec.model_validate_json(sys.argv[1]), Path("raw"), report=lambda stage, rows: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["row", "group", "time"])
+def test_memory_does_not_grow_with_the_rows(folder: Path, way: str) -> None:
+    """Peak MB of a fresh process; eight times the rows are 70 MB more of data."""
+    peaks = []
+    for times in (300, 2400):
+        table = pa.concat_tables([pq.read_table("day1.parquet"), pq.read_table("day2.parquet")])
+        with pq.ParquetWriter("big.parquet", table.schema) as writer:
+            for _ in range(times // 100):
+                writer.write_table(pa.concat_tables([table] * 100).combine_chunks())
+        Path("raw").mkdir(exist_ok=True)
+        given = spec(WAYS[way], train=["big.parquet"]).model_dump_json(by_alias=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, given], capture_output=True, text=True, check=False, env=HERE
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 25, peaks
