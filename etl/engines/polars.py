@@ -24,7 +24,7 @@ def fit(
     """
     transform.mkdir()
     fitting = Fitting(transform.parent, train=train, parent=parent)
-    tables = {table: fit_table(table, users, fitting) for table, users in spec.shared_tables().items()}
+    tables = {table: fit_table(table, users, fitting=fitting) for table, users in spec.shared_tables().items()}
     encodings = {feature.name: feature for feature in spec.encodings()}
     dense: list[Json] = []
     ids: list[Json] = []

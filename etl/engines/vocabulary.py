@@ -21,7 +21,7 @@ Looked = Categorical | Bag | History
 _TYPES = {"string": pl.String, "int64": pl.Int64}
 
 
-def fit_table(name: str, users: Sequence[Looked], fitting: Fitting) -> int:
+def fit_table(name: str, users: Sequence[Looked], *, fitting: Fitting) -> int:
     """Rows of a table that features look up; writes its vocabulary, if it has one.
 
     Raises:

@@ -129,11 +129,11 @@ def test_encodings_equal_plain_python(
     for name, how, folds, seed in (("t", t, 3, 5), ("u", u, 4, 0)):
         fold_at = [textbook_fold(at, seed=seed, folds=folds) for at in range(len(train))]
         wanted = [
-            reference(row, [o for o, f in zip(train, fold_at, strict=True) if f != fold_at[at]], **how)  # type: ignore[arg-type]
+            reference(row, [o for o, f in zip(train, fold_at, strict=True) if f != fold_at[at]], **how)
             for at, row in enumerate(train)
         ]
         np.testing.assert_allclose(found["train"][name], wanted, rtol=1e-6)
-        wanted = [reference(row, train, **how) for row in other]  # type: ignore[arg-type]
+        wanted = [reference(row, train, **how) for row in other]
         np.testing.assert_allclose(found["test"][name], wanted, rtol=1e-6)
     for split, rows in (("train", train), ("test", other)):
         counts = [sum(one[1] == row[1] for one in train) if row[1] is not None else 0 for row in rows]
@@ -285,4 +285,4 @@ def test_a_column_is_read_as_other_features_read_it() -> None:
     spec = parse(SPEC, place="x", into=FeatureSpec)
     assert spec.raw_columns() == {"user": "int64", "city": "string"}
     one = SPEC | {"tasks": [{"name": "click"}], "features": [{"type": "target", "name": "r", "by": ["c"]}]}
-    assert [f.task for f in parse(one, place="x", into=FeatureSpec).encodings()] == ["click"]  # type: ignore[union-attr]
+    assert [f.task for f in parse(one, place="x", into=FeatureSpec).encodings()] == ["click"]
