@@ -18,14 +18,15 @@ class DLRMConfig(Tower, ModelConfig):
     paper: ClassVar[str] = "https://arxiv.org/abs/1906.00091"
     linear: ClassVar[bool] = False
     kind: Literal["dlrm"] = "dlrm"
+    interaction: Literal["dot", "cat"] = Field("dot", description="cat: the vectors themselves instead of dot products")
     bottom_hidden: Widths = Field([512, 256], description="widths of the dense inputs' MLP, which ends in a vector")
 
     def head(self, sizes: Sizes) -> Head:
         return DLRM(self, sizes)
 
     def faults(self, sizes: Sizes) -> Sequence[str]:
-        vectors = len(sizes.fields) + (sizes.dense > 0)
-        return [] if vectors > 1 else ["needs two features with a vector, or one and a dense input"]
+        vectors, needed = len(sizes.fields) + (sizes.dense > 0), 2 if self.interaction == "dot" else 1
+        return [] if vectors >= needed else ["needs two features with a vector, or one and a dense input"]
 
 
 class DLRM(Head):
@@ -37,19 +38,19 @@ class DLRM(Head):
         super().__init__()
         bottom = Tower(hidden=[*config.bottom_hidden, sizes.dim])
         self.bottom = MLP(sizes.dense, tower=bottom, out=0) if sizes.dense else None
+        self.dots = config.interaction == "dot"
         vectors = len(sizes.fields) + (sizes.dense > 0)
         first_P, second_P = pair_indices(vectors)
         self.register_buffer("places_P", first_P * vectors + second_P, persistent=False)
-        width = len(first_P) + (sizes.dim if sizes.dense else 0)
-        self.top = MLP(width, tower=config, out=len(sizes.tasks))
+        dense = sizes.dim if sizes.dense else 0
+        interactions = len(first_P) if self.dots else len(sizes.fields) * sizes.dim
+        self.top = MLP(dense + interactions, tower=config, out=len(sizes.tasks))
 
     def forward(self, inputs: Inputs) -> Tensor:
-        if self.bottom is None:
-            logits_BT: Tensor = self.top(self._dots_BP(inputs.emb_BFK))
-            return logits_BT
-        dense_BK = self.bottom(inputs.dense_BN)
-        dots_BP = self._dots_BP(torch.cat([dense_BK[:, None], inputs.emb_BFK], dim=1))
-        logits_BT = self.top(torch.cat([dense_BK, dots_BP], dim=1))
+        dense = [] if self.bottom is None else [self.bottom(inputs.dense_BN)]
+        vectors_BVK = torch.cat([*(dense_BK[:, None] for dense_BK in dense), inputs.emb_BFK], dim=1)
+        interactions_BD = self._dots_BP(vectors_BVK) if self.dots else inputs.emb_BFK.flatten(1)
+        logits_BT: Tensor = self.top(torch.cat([*dense, interactions_BD], dim=1))
         return logits_BT
 
     def _dots_BP(self, vectors_BVK: Tensor) -> Tensor:

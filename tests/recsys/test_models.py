@@ -144,3 +144,31 @@ def test_bags_are_pooled_by_their_values_and_histories_stay_apart() -> None:
     assert found.emb_BFK[0, :, 0].tolist() == [slot["user"], tags, 2.5 * slot["price"], slot["item"]]
     assert found.masks[0].tolist() == [[1, 1, 0, 0]]
     assert found.sequences[0][0, :, 0].tolist() == [slot["history.0"], slot["history.1"], 0, 0]
+
+
+def test_dlrm_without_dot_products_reads_the_vectors_themselves() -> None:
+    schema = rich_schema(dense=0)
+    dlrm, deep = (
+        network_of(config_of(kind, **rest), schema) for kind, rest in (("dlrm", {"interaction": "cat"}), ("deep", {}))
+    )
+    deep.head.mlp.load_state_dict(dlrm.head.top.state_dict())
+    deep.tables.load_state_dict(dlrm.tables.state_dict())
+    rows = random_rows(schema, 8)
+    torch.testing.assert_close(dlrm(*rows).logits_BT, deep(*rows).logits_BT)
+    with_dense = rich_schema(dense=2)
+    network = network_of(config_of("dlrm", interaction="cat"), with_dense)
+    ids_BS, floats_BN = random_rows(with_dense, 8)
+    changed_BN = floats_BN.clone()
+    changed_BN[:, 0] += 1
+    assert not torch.equal(network(ids_BS, floats_BN).logits_BT, network(ids_BS, changed_BN).logits_BT)
+
+
+def test_the_towers_of_esmm_share_the_storage_of_every_table() -> None:
+    schema = rich_schema()
+    network = network_of(config_of("esmm"), schema)
+    tables = list(network.tables.parameters())
+    assert len({table.untyped_storage().data_ptr() for table in tables}) == len(tables) == len(network.layout.widths())
+    inputs = network.inputs(*random_rows(schema, 32))
+    for tower in (network.head.click, network.head.conversion):
+        gradients = torch.autograd.grad(tower(inputs).sum(), tables, retain_graph=True)
+        assert all(gradient.ne(0).any() for gradient in gradients)
