@@ -78,10 +78,17 @@ def record(spec: FeatureSpec, parent: Parent | None, *, tables: Sequence[Table])
     return {"sections": _sections(spec), "seen": seen, "extended": extended}
 
 
-def extends(made: Json, parent: Parent | None) -> bool:
-    """Whether a manifest says that its folder continues this parent in this way, or no folder where there is none."""
-    wanted = {"parent": parent.hash, "refit_numbers": parent.refit_numbers} if parent else {}
-    return {key: value for key, value in made.get("extended", {}).items() if key != "tables"} == wanted
+def extends(made: Json, parent: Parent | None, *, folder: Path) -> bool:
+    """Whether the folder of a manifest continues this parent in this way, or no parent where there is none.
+
+    A folder that was extended in its place and has seen the training rows is its own parent.
+    """
+    said = {key: value for key, value in made.get("extended", {}).items() if key != "tables"}
+    if parent is None:
+        return not said
+    if parent.folder.resolve() == folder.resolve():
+        return not parent.new_rows and said.get("refit_numbers", False) == parent.refit_numbers
+    return said == {"parent": parent.hash, "refit_numbers": parent.refit_numbers}
 
 
 def added_rows(manifest: Json) -> list[str]:

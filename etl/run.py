@@ -74,7 +74,7 @@ def up_to_date(spec: FeatureSpec, out: Path, *, parent: Parent | None = None) ->
         return False
     made = read_json(manifest, remedy="delete the folder and run the ETL again")
     same = made["hash"] == spec.data_hash() and made["raw"] == _raw_files(spec)
-    return bool(same and extends(made, parent))
+    return bool(same and extends(made, parent, folder=out))
 
 
 def _raw_files(spec: FeatureSpec) -> dict[str, list[int]]:

@@ -19,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import etl.transform
-from etl.engines.encodings import fold
+from etl.engines.encodings import fit_encoding, fold
+from etl.engines.fitting import Fitting
 from etl.experiment_file import parse
 from etl.faults import Faults
 from etl.folds import fold_of
 from etl.pack import pack
 from etl.run import run
-from etl.spec import FeatureSpec
+from etl.spec import FeatureSpec, Target
 from etl.transform import mix
 
 BIG = 2**62 + 1
@@ -156,6 +157,22 @@ def test_a_rows_own_labels_do_not_change_its_own_number(
     assert (before["t"][at], before["u"][at]) == (after["t"][at], after["u"][at])
     if click and user is not None:
         assert before["u"] != after["u"] or len(set(fold_of(np.arange(len(train)), seed=0, folds=4).tolist())) == 1
+
+
+def test_folds_count_positions_in_the_file_where_whole_row_groups_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    click = np.arange(5000) // 500 % 2
+    rows = {"user": pa.array(np.arange(5000) % 7), "label:click": click.astype(np.float32)}
+    buy = (np.arange(5000) % 3 == 0).astype(np.float32)
+    pq.write_table(pa.table(rows | {"label:buy": buy}), tmp_path / "raw/train.parquet", row_group_size=500)
+    feature = Target.model_validate({"type": "target", "name": "t", "by": ["user"], "task": "buy"})
+    tasks = parse(SPEC, place="x", into=FeatureSpec).tasks
+    fit_encoding(feature, tasks, fitting=Fitting(tmp_path, train=tmp_path / "raw/train.parquet", parent=None))
+    found = pq.read_table(tmp_path / "raw/folds/t.parquet").to_pydict()
+    folds = fold_of(np.arange(5000), seed=0, folds=5)
+    wanted = np.bincount(folds[click == 1], minlength=5)
+    assert np.bincount(found["fold"], weights=found["rows"]).tolist() == wanted.tolist()
+    assert sum(found["ones"]) == buy[click == 1].sum()
 
 
 def auc(score: Sequence[float], label: Sequence[float]) -> float:

@@ -164,8 +164,11 @@ def test_nothing_new_gives_the_same_transform_and_the_same_rows(folder: Path) ->
 
 
 def test_a_folder_is_extended_in_its_place(folder: Path) -> None:
-    before = vocabulary("one", "item")
-    extend("one", "one", spec("day2.parquet"))
+    before, new = vocabulary("one", "item"), spec("day2.parquet")
+    assert not up_to_date(new, Path("one"), parent=read_parent(new, Path("one"), refit_numbers=False))
+    extend("one", "one", new)
+    assert up_to_date(new, Path("one"), parent=read_parent(new, Path("one"), refit_numbers=False))
+    assert not up_to_date(new, Path("one"), parent=read_parent(new, Path("one"), refit_numbers=True))
     assert vocabulary("one", "item")["value"][: len(before["value"])] == before["value"]
     assert json.loads(Path("one/manifest.json").read_text())["extended"]["tables"]["item"] == {"from": 3, "to": 6}
 
