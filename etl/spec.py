@@ -267,11 +267,6 @@ def _read_as(column: str, wanted: DType, *, types: Mapping[str, DType]) -> DType
     return wanted
 
 
-def is_dense(feature: Resolved) -> bool:
-    """Whether a resolved feature is a dense input; the others read rows of a table."""
-    return isinstance(feature, Target | Count) or (isinstance(feature, Numeric) and feature.as_ == "dense")
-
-
 def column_of(feature: Categorical | Bag | Sequence | Numeric) -> str:
     """The raw column of a resolved feature."""
     return feature.column or feature.name or ""
