@@ -9,14 +9,15 @@ import numpy.typing as npt
 from etl.artifact import Json
 from etl.transform import Float64s, Int64s
 
-BOUND, BINS = 20.0, 1 << 16
+BOUND, BINS = 16.0, 1 << 18
 
 
 @dataclass
 class Ranking:
     """AUC of logits that come in pieces, in constant memory.
 
-    Logits from -20 to 20 fall into 65,536 bins, and two of one bin count as a tie: an error below 1e-6.
+    Logits from -16 to 16 fall into 262,144 bins, and two of one bin count as a tie: an error of about 1e-6 on ten
+    thousand rows, and less on more.
     """
 
     counts: Int64s = field(default_factory=lambda: np.zeros((2, BINS), np.int64))

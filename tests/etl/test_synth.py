@@ -53,7 +53,7 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.DataFrame, dict
     assert json.loads((folder / "x" / "truth.json").read_text()) == found
     parts = [folder.glob("x/day_*.parquet"), folder.glob("x/truth/day_*.parquet")]
     rows, truth = (pl.concat([pl.read_parquet(path) for path in sorted(part)]) for part in parts)
-    return pl.concat([rows, truth], how="horizontal"), found
+    return rows.hstack(truth), found
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +133,10 @@ def test_the_files_agree_with_truth_json(criteo: Path) -> None:
     scores = [pl.read_parquet(criteo / f"truth/day_{day}.parquet")["p_click"].to_numpy() for day in range(DAYS)]
     assert truth["rows"] == ROWS and truth["seed"] == 5
     assert truth["click_rate"] == pytest.approx(np.concatenate(labels).mean())
-    assert truth["auc"]["click"] == pytest.approx(auc(np.concatenate(scores), np.concatenate(labels)), abs=1e-6)
+    assert truth["auc"]["click"] == pytest.approx(auc(np.concatenate(scores), np.concatenate(labels)), abs=1e-5)
     for day, figures in enumerate(truth["days"]):
         assert figures["rows"] == len(labels[day]) and figures["click_rate"] == pytest.approx(labels[day].mean())
-        assert figures["auc"]["click"] == pytest.approx(auc(scores[day], labels[day]), abs=1e-6)
+        assert figures["auc"]["click"] == pytest.approx(auc(scores[day], labels[day]), abs=1e-5)
     parts = truth["click_auc_of_parts"]
     assert 0.7 < parts["first_order"] < parts["pairs"] - 0.02 and parts["pairs"] == truth["auc"]["click"]
 
@@ -162,7 +162,7 @@ def test_the_event_rates_and_auc(events: tuple[pl.DataFrame, dict[str, Any]]) ->
     for task in ("click", "conversion"):
         labels, scores = rows[task].to_numpy(), rows[f"p_{task}"].to_numpy()
         assert truth[f"{task}_rate"] == pytest.approx(labels.mean())
-        assert truth["auc"][task] == pytest.approx(auc(scores, labels), abs=1e-6)
+        assert truth["auc"][task] == pytest.approx(auc(scores, labels), abs=1e-5)
     assert (rows["p_conversion"] < rows["p_click"]).all()
     parts = truth["click_auc_of_parts"]
     assert 0.6 < parts["first_order"] < parts["pairs"] - 0.03 < parts["history"] - 0.04
