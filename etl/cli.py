@@ -58,28 +58,39 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="A dataset folder, for example out/demo/data.")],
     *,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="The page; default inspect.html beside DIR, and none with --json.")
+    ] = None,
 ) -> None:
-    """Show rows, label rates, table sizes, missing and unseen shares, and drift between the splits."""
+    """Show rows, label rates, table sizes, missing and unseen shares, and drift between the splits.
+
+    The page adds label rates along the splits, most frequent values, coverage and histograms.
+    """
     with exit_on_fault():
         from etl.inspect import inspect as inspect_folder
+        from etl.inspect_page import write_page
 
         found = inspect_folder(folder)
-        if json_:
-            print(json.dumps(found))
-            return
-        from rich.console import Console
+        page = html or (None if json_ else folder.resolve().parent / "inspect.html")
+        if page:
+            write_page(found, page)
+        print(json.dumps(found)) if json_ else _print_tables(found)
+        if page and not json_:
+            print(f"page: {page}")
 
-        console = Console()
-        console.print(
-            _table("splits", [{"split": k, "rows": v["rows"]} | v["label_rate"] for k, v in found["splits"].items()])
-        )
-        console.print(
-            _table(
-                "id features: table rows, shares of missing and unseen values, drift from training (PSI)",
-                found["features"],
-            )
-        )
-        console.print(_table("dense features after scaling, drift from training (PSI)", found["dense"]))
+
+def _print_tables(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    splits = [{"split": name, "rows": part["rows"]} | part["label_rate"] for name, part in found["splits"].items()]
+    ids = [{key: f[key] for key in ("name", "rows", "missing", "unseen", "psi")} for f in found["features"]]
+    dense = [{key: f[key] for key in ("name", "mean", "std", "min", "max", "psi")} for f in found["dense"]]
+    console = Console()
+    console.print(_table("splits", splits))
+    console.print(
+        _table("id features: table rows, shares of missing and unseen values, drift from training (PSI)", ids)
+    )
+    console.print(_table("dense features after scaling, drift from training (PSI)", dense))
 
 
 def _with_options(record: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -168,7 +179,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
 
 def _cell(value: object) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{part:.3f}".replace("0.", ".", 1) for part in value.values())
+        return " ".join("–" if part is None else f"{part:.3f}".replace("0.", ".", 1) for part in value.values())
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
