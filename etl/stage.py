@@ -113,7 +113,8 @@ class _Writer:
     def _flush(self) -> None:
         table, self._waiting = pa.Table.from_batches(self._waiting), []
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema)
+            texts = [field.name for field in table.schema if pa.types.is_large_string(field.type)]
+            self._writer = pq.ParquetWriter(self._path, table.schema, use_dictionary=texts, write_statistics=False)
         self._writer.write_table(table)
 
     def close(self) -> None:

@@ -25,10 +25,9 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return nn.functional.dropout(x, 1 - self.keep_prob)
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        draws = words.view(torch.int16)[: x.numel()].view(x.shape)
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         kept = min(max(round(self.keep_prob * 2**16), 1), 2**16 - 1) - 2**15
-        return x * (draws < kept).to(x.dtype).div_(self.keep_prob)
+        return x * (draws[: x.numel()].view(x.shape) < kept).to(x.dtype).div_(self.keep_prob)
 
 
 class Dice(nn.Module):
