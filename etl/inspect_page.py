@@ -103,7 +103,7 @@ def _numbers(found: Json) -> str:
         return ""
     note = (
         "Values as the model reads them, after filling and scaling: share of the split's rows in 30 bins between the "
-        "0.5 % and the 99.5 % quantile of training, what lies outside in the outer bins. Drift is over training deciles."
+        "0.5 % and the 99.5 % quantile of training, the rest in the outer bins. Drift is over training deciles."
     )
     figures = []
     for dense in found["dense"]:
