@@ -17,7 +17,7 @@ SPLITS = ("train", "valid", "test")
 TOP = 10
 SLICES = 24
 BINS = 30
-_SAMPLED = 20_000_000  # numbers kept to find quantiles, over all columns
+_SAMPLED, _LEAST = 20_000_000, 10_000  # numbers kept to find quantiles, over all columns; rows kept of each at least
 
 
 def psi(expected: npt.ArrayLike, actual: npt.ArrayLike) -> float | None:
@@ -196,7 +196,7 @@ def number_figures(folder: Path, names: Sequence[str], *, rows: Mapping[str, int
 
 def _sample(folder: Path, names: Sequence[str], *, rows: int) -> Float32s:
     """Every k-th training row, [S, N]."""
-    step = -(-rows // max(10_000, _SAMPLED // len(names)))
+    step = -(-rows // max(_LEAST, _SAMPLED // len(names)))
     kept = [
         np.stack([columns[name][-first % step :: step] for name in names], axis=1)
         for first, columns in batches(folder, "train", columns=names)
