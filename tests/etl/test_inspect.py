@@ -232,7 +232,7 @@ def test_a_feature_without_any_value(tmp_path: Path) -> None:
     figures = id_figures(counted)
     assert figures["psi"] == {"valid": None} and figures["values"] == {"train": 3, "valid": 0}
     assert [top["share"] for top in figures["top"]] == [{"train": 2 / 3, "valid": 0}, {"train": 1 / 3, "valid": 0}]
-    assert id_figures({split: counted["valid"] for split in counted})["coverage"] == {}
+    assert id_figures(dict.fromkeys(counted, counted["valid"]))["coverage"] == {}
 
 
 class Page(HTMLParser):
