@@ -90,7 +90,7 @@ class Events:
         at, draws = np.arange(size), self._draws
         segments = (draws.uniform("user.segment", at) * len(SEGMENTS)).astype(np.int64)
         clicks, buys = (0.35 * draws.normals(f"user.{what}", size) for what in ("clicks", "buys"))
-        return _Users(_ids(draws, "user.id", at), segments, clicks, buys)
+        return _Users(_ids(draws, "user.id", at=at), segments, clicks, buys)
 
     def _catalogue(self, size: int) -> _Items:
         at, draws = np.arange(size), self._draws
@@ -100,7 +100,7 @@ class Events:
         age = -20 * draws.uniform("item.age", at)
         new = (at - self._old + 1) / (size - self._old + 1)
         return _Items(
-            ids=_ids(draws, "item.id", at),
+            ids=_ids(draws, "item.id", at=at),
             categories=zipf(draws.uniform("item.category", at), self._category_count),
             clicks=clicks,
             clicks_later=0.9 * clicks + 0.4 * changes,
@@ -239,7 +239,7 @@ def _rounds(users: Int64s) -> list[Int64s]:
     return np.split(np.argsort(turn, kind="stable"), np.cumsum(np.bincount(turn))[:-1])
 
 
-def _ids(draws: Draws, stream: str, at: Int64s) -> Int64s:
+def _ids(draws: Draws, stream: str, *, at: Int64s) -> Int64s:
     """Identifiers of 62 random bits, as hashed ids of real logs are."""
     return (draws.bits(stream, at) >> np.uint64(2)).view(np.int64)
 
