@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -14,13 +15,13 @@ import pyarrow as pa
 import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
+from deploy.connect import connect
 from etl.faults import Fault
 from etl.pack import pack
 from etl.transform import Packed, Signature
 
 MODEL = "ranker"
 _IN_FLIGHT = 4
-_CHANNEL = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Rows:
 class Client:
     """A connection to one served model. Every call ends within `deadline_s`, and the server drops what is late."""
 
-    def __init__(self, url: str, model: str = MODEL, *, deadline_s: float = 10.0) -> None:
-        """Raises Fault where no such model answers at `url` (HOST:PORT, gRPC)."""
+    def __init__(self, url: str, model: str = MODEL, *, deadline_s: float = 10.0, tls: Path | None = None) -> None:
+        """Raises Fault where no such model answers at `url` (HOST:PORT, gRPC). `tls` is a folder, see `connect`."""
         self._url, self._model, self._deadline_s = url, model, deadline_s
         try:
-            self._server = triton_grpc.InferenceServerClient(url, channel_args=_CHANNEL)
+            self._server = connect(url, tls=tls)
         except InferenceServerException as error:
             self._refuse(error)
         signature = self._signature()

@@ -41,7 +41,8 @@ class _Run:
     @classmethod
     def begin(cls, site: Site, stop: threading.Event) -> "_Run":
         process, endpoint = launch(site, stop)
-        return cls(site, process, endpoint, StubWatch(endpoint, admin_key=site.admin_key))
+        models = (site.options.model, *site.options.others)
+        return cls(site, process, endpoint, StubWatch(endpoint, admin_key=site.admin_key, models=models))
 
     def death(self) -> str | None:
         return self.process.death() or self.stubs.death()

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
@@ -45,12 +46,16 @@ def unready(endpoint: Endpoint) -> str | None:
     return None if answers else "gRPC"
 
 
-def ready_versions(endpoint: Endpoint, *, admin_key: str) -> list[ReadyVersion] | None:
-    """All versions of all models that take requests now; None where the server does not say."""
+def ready_versions(endpoint: Endpoint, *, admin_key: str, models: Collection[str]) -> list[ReadyVersion] | None:
+    """All versions of these models that take requests now; None where the server does not say."""
     try:
         index = _json(endpoint.http_port, "/v2/repository/index", method="POST", headers={"admin": admin_key})
         ready = [(each["name"], each["version"]) for each in index if each.get("state") == "READY"]
-        return [ReadyVersion(name, version, _instances(endpoint, name, version=version)) for name, version in ready]
+        return [
+            ReadyVersion(name, version, _instances(endpoint, name, version=version))
+            for name, version in ready
+            if name in models
+        ]
     except (ValueError, KeyError):
         return None
 

@@ -22,7 +22,7 @@ def _host_faults(options: ServerOptions) -> list[Fault]:
     if address.is_loopback or options.public:
         return []
     wanted = "a loopback address: Triton 2.51 has known holes that a request from the network can use"
-    remedy = "serve the repository on a current Triton (deploy/k8s), or say --i-know where the network is closed"
+    remedy = "serve the repository on a current Triton (deploy/k8s), or say i_know = true where the network is closed"
     return [Fault("host", got=options.host, wanted=wanted, remedy=remedy)]
 
 

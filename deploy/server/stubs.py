@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,10 +23,11 @@ class StubWatch:
     """Triton neither restarts a dead stub nor calls its model unready, and a new version ends the old one's stubs.
 
     So whenever a stub appears or is gone, the server is asked which versions take requests: each needs all its stubs.
+    Of models that are not among `models`, such as one on trial, nobody needs any.
     """
 
-    def __init__(self, endpoint: Endpoint, *, admin_key: str) -> None:
-        self._endpoint, self._admin_key = endpoint, admin_key
+    def __init__(self, endpoint: Endpoint, *, admin_key: str, models: Collection[str]) -> None:
+        self._endpoint, self._admin_key, self._models = endpoint, admin_key, models
         self._stubs = _stubs(endpoint.pid)
         self._looked_s = time.monotonic()
 
@@ -42,7 +44,7 @@ class StubWatch:
         return self._lacking()
 
     def _lacking(self) -> str | None:
-        ready = ready_versions(self._endpoint, admin_key=self._admin_key)
+        ready = ready_versions(self._endpoint, admin_key=self._admin_key, models=self._models)
         if ready is None:
             return "a Python stub ended and the server does not say which versions are ready"
         alive = Counter(version for stub in self._stubs if (version := _version(stub)))
