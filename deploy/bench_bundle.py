@@ -15,8 +15,8 @@ from tritonclient.utils import InferenceServerException
 
 from deploy.bench import Load, Measured, load_server, requests_of, run_in_process
 from deploy.bundle import MODEL, Bundle, read_bundle
-from deploy.offline import offline_run
 from deploy.connect import connect
+from deploy.offline import offline_run
 from deploy.repository import config_text, make_repository
 from deploy.server import EmbeddedServer, Endpoint, ServerOptions
 from etl.artifact import write_json, write_text
