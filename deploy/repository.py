@@ -18,7 +18,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from deploy.bundle import MARKER, MODEL, Bundle, read_bundle
+from deploy.bundle import MARKER, MODEL, Bundle, ServeDefaults, read_bundle
 from etl.artifact import new_folder, read_json, sha256, write_json, write_text
 from etl.faults import Fault
 
@@ -182,13 +182,19 @@ def model_config(bundle: Bundle, *, bundle_hash: str, instances: int, version: i
         max_batch_size=bundle.serve.max_batch_size,
         input=[pb.ModelInput(name=name, data_type=kind, dims=[size]) for name, kind, size in inputs if size],
         output=[pb.ModelOutput(name=name, data_type=kind, dims=[size]) for name, kind, size in outputs if size],
-        instance_group=[pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)],
+        instance_group=[_instances(bundle.serve, count=instances)],
         dynamic_batching=pb.ModelDynamicBatching(),  # any queue policy makes the batcher wait for up to 500 ms
         parameters={
             "signature": pb.ModelParameter(string_value=json.dumps(described)),
             "bundle": pb.ModelParameter(string_value=bundle_hash),
         },
     )
+
+
+def _instances(serve: ServeDefaults, *, count: int) -> pb.ModelInstanceGroup:
+    if serve.device == "cpu":
+        return pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=count)
+    return pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_GPU, count=count, gpus=serve.gpus)
 
 
 def config_text(config: pb.ModelConfig) -> str:

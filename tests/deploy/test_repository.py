@@ -113,3 +113,11 @@ def test_the_newest_versions_are_kept(bundle: Path, tmp_path: Path) -> None:
 def test_one_writer_at_a_time(bundle: Path, tmp_path: Path) -> None:
     with locked(tmp_path / "repository"), pytest.raises(Fault, match="another publisher"):
         make_repository(bundle, tmp_path / "repository")
+
+
+def test_a_bundle_for_gpus_gets_instances_on_each_of_them(bundle: Path) -> None:
+    made = read_bundle(bundle)
+    serve = made.serve.model_copy(update={"device": "cuda", "gpus": (0, 2)})
+    config = model_config(made.model_copy(update={"serve": serve}), bundle_hash="x", instances=1, version=1)
+    (group,) = text_format.Parse(config_text(config), pb.ModelConfig()).instance_group
+    assert (group.kind, group.count, list(group.gpus)) == (pb.ModelInstanceGroup.KIND_GPU, 1, [0, 2])
