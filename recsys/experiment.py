@@ -91,7 +91,7 @@ class Serve(Section):
 
     instances: int = Field(1, ge=1, description="copies of the model, one thread each")
     device: Literal["cpu", "cuda"] = Field("cpu", description="cuda: as many instances on each of `gpus`")
-    gpus: tuple[int, ...] = Field((0,), min_length=1, description="for device cuda: numbers of the GPUs")
+    gpus: list[int] = Field([0], min_length=1, description="for device cuda: numbers of the GPUs")
     max_batch_size: int = Field(1024, ge=1, description="rows of the largest request")
     grpc_port: int | None = Field(None, ge=1, le=65535, description="a free one unless set")
     http_port: int | None = Field(None, ge=1, le=65535, description="a free one unless set")
