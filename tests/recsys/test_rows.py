@@ -39,18 +39,21 @@ WIDE_AND_DEEP = OPTIMIZERS["adagrad"] | {"linear": FTRL}
 L2 = {"l2": 0.05, "linear_l2": 0.2}
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world("cpu") as alone:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with open_world(request.param) as alone:
         yield alone
 
 
-def loss_of(network: torch.nn.Module, schema: Schema, *, step: int) -> tuple[Tensor, Tensor]:
+def loss_of(
+    network: torch.nn.Module, schema: Schema, *, step: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """The mean logloss of step's own batch, and the ids of the batch."""
     ids_BS, floats_BN = random_rows(schema, SIZE, seed=100 + step)
     generator = torch.Generator().manual_seed(step)
-    labels_BT = torch.randint(0, 2, (SIZE, len(schema.tasks)), generator=generator).float()
-    return binary_cross_entropy_with_logits(network(ids_BS, floats_BN).logits_BT, labels_BT), ids_BS
+    labels_BT = torch.randint(0, 2, (SIZE, len(schema.tasks)), generator=generator).float().to(device)
+    logits_BT = network(ids_BS.to(device), floats_BN.to(device)).logits_BT
+    return binary_cross_entropy_with_logits(logits_BT, labels_BT), ids_BS
 
 
 def touched(schema: Schema, ids_BS: Tensor, *, table: str) -> set[int]:
@@ -124,14 +127,14 @@ class Trained:
     """The network behind TorchRec, as the trainer drives it."""
 
     def __init__(self, config: ModelConfig, embedding: Embedding, *, schema: Schema, world: World) -> None:
-        self.schema = schema
+        self.schema, self.device = schema, world.device
         network = network_of(config, schema, dim=embedding.dim)
         self.sharded: Sharded = shard(network, embedding, world=world, seed=SEED)
         self.optimizer = dense_optimizer(self.sharded.model, HEAD, linear=None)
 
     def step(self, step: int) -> float:
         self.sharded.begin_step(step)
-        loss, _ = loss_of(self.sharded.model, self.schema, step=step)
+        loss, _ = loss_of(self.sharded.model, self.schema, step=step, device=self.device)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -142,7 +145,7 @@ class Trained:
         names = dict.fromkeys(feature.table for feature in self.schema.features)
         state = self.sharded.model.state_dict()
         found = {table: state.get(f"tables.embedding_bags.{table}.weight") for table in names}
-        return {table: w.local_shards()[0].tensor.detach().clone() for table, w in found.items() if w is not None}
+        return {table: w.local_shards()[0].tensor.detach().cpu().clone() for table, w in found.items() if w is not None}
 
 
 def embedding_of(settings: Mapping[str, Any], **more: Any) -> Embedding:
