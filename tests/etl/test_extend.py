@@ -60,7 +60,7 @@ def spec(*train: str, **changes: Any) -> FeatureSpec:
     return parse(SPEC | {"data": {"format": "parquet"} | files} | changes, place="x.toml", into=FeatureSpec)
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 
