@@ -53,9 +53,10 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
             group=spec.data.group is not None,
         )
         schema.write(folder)
-        stats = {}
+        transform, stats = Transform.load(folder / "transform"), {}
         for split, rows in typed.items():
-            counted = _encode(spec, rows, split=split, folder=folder, schema=schema, report=report)
+            (folder / split).mkdir()
+            counted = _encode(spec, rows, transform=transform, schema=schema, folder=folder / split, report=report)
             stats[split] = counted | {"label_rate": rows.labels.rates, "label_parts": rows.labels.parts}
         shutil.rmtree(raw)
         manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
@@ -118,14 +119,15 @@ def _column(matrix: npt.NDArray[Any], *, filled: npt.NDArray[np.bool_], dtype: s
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
 
 
-def _encode(spec: FeatureSpec, rows: Typed, *, split: str, folder: Path, schema: Schema, report: Report) -> Json:
-    """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
-    transform = Transform.load(folder / "transform")
-    (folder / split).mkdir()
+def _encode(
+    spec: FeatureSpec, rows: Typed, *, transform: Transform, schema: Schema, folder: Path, report: Report
+) -> Json:
+    """Writes one split's shards in row order into its folder; counts rows, missing and unseen values by feature."""
+    split = folder.name
     names = [step["name"] for step in transform.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
-    out_of_fold = OutOfFold.load(folder) if split == "train" else OutOfFold({}, transform.signature)
-    shards = _Shards(folder / split, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
+    out_of_fold = OutOfFold.load(folder.parent) if split == "train" else OutOfFold({}, transform.signature)
+    shards = _Shards(folder, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
 
     def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
         first, batch = part
