@@ -43,7 +43,10 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     with new_folder(out, marker="manifest.json") as folder:
         (raw := folder / "raw").mkdir()
         typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
+        rows = typed["train"].labels.rows
+        report("fit train", 0, total=rows)
         state, features, tables = _fit(spec, typed["train"], folder=folder, parent=parent)
+        report("fit train", rows, total=rows)
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from etl.artifact import Json
 from etl.faults import Fault
-from etl.formats import files
+from etl.formats import files, row_total
 from etl.pack import inner_type
 from etl.reader import DAY, Reader
 from etl.spec import FeatureSpec, Task
@@ -125,6 +125,7 @@ def typed_files(spec: FeatureSpec, *, report: Report) -> dict[str, Typed] | None
     if not _are_typed(spec, [path for split in SPLITS for path in paths[split]]):
         return None
     for split, own in paths.items():
+        report(f"read {split}", 0, total=row_total(data, own))
         labels = count_labels(spec, Reader(spec).labels(own), split=split, paths=own)
         report(f"read {split}", labels.rows, total=labels.rows)
         found[split] = Typed(Columns(_scan(spec, own), own), labels, batches=partial(Reader(spec).batches, own))
