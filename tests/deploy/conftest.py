@@ -70,6 +70,8 @@ golden_rows = 10
 
 [serve]
 max_batch_size = 32
+user = ["site", "age"]
+max_candidates = 100
 """
 
 

@@ -68,6 +68,7 @@ learning_rate = 0.01
 
 [serve]
 max_batch_size = 32
+user = ["history", "tags", "tag_weights"]
 """
 
 

@@ -37,12 +37,24 @@ def bad_number(value: float) -> Request:
     return request
 
 
+def filler() -> Request:
+    request = request_of(2, seed=9)
+    request.keys[1, 1] = etl.transform.NO_KEY
+    return request
+
+
 BAD = {
     "NaN": (bad_number(np.nan), "column 'price' holds nan at row 1"),
     "infinity": (bad_number(np.inf), "column 'price' holds inf at row 1"),
     "too large": (bad_number(1e300), "'price' leaves the range of float32 at row 1"),
-    "narrow": (Request(np.zeros((2, 2), np.int64), np.zeros((2, 2))), "wanted [B, 3] and [B, 2]"),
-    "uneven": (Request(np.zeros((2, 3), np.int64), np.zeros((1, 2))), "wanted [B, 3] and [B, 2]"),
+    "narrow": (
+        Request(np.zeros((2, 2), np.int64), np.zeros((2, 2))),
+        "wanted int64 [B, 3] with the columns site, city",
+    ),
+    "uneven": (Request(np.zeros((2, 3), np.int64), np.zeros((1, 2))), "'keys' has 2 rows, and input 'numbers' 1"),
+    "of another type": (Request(np.zeros((2, 3), np.int32), np.zeros((2, 2))), "input 'keys' is int32"),
+    "empty": (Request(np.zeros((0, 3), np.int64), np.zeros((0, 2))), "have no rows"),
+    "a filler": (filler(), "column 'city' holds -9223372036854775807 at row 1"),
 }
 
 
