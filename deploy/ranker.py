@@ -37,6 +37,7 @@ class Scored:
 
 
 Result = Scored | ValueError
+_NEARLY_LOWEST = -1.79e308
 
 
 class Encoder:
@@ -72,7 +73,10 @@ class Encoder:
         """The rows of all requests as the transform takes them."""
         blank = self.blank(0)
         keys = np.concatenate([blank.keys, *(request.keys for request in requests)])
-        return self._module.Packed(keys, np.concatenate([blank.numbers, *(request.numbers for request in requests)]))
+        numbers = np.concatenate([blank.numbers, *(request.numbers for request in requests)])
+        if (low := numbers <= _NEARLY_LOWEST).any():  # JSON parsers round, or refuse, the lowest number itself
+            numbers[low & np.isfinite(numbers)] = self._module.MISSING_NUMBER
+        return self._module.Packed(keys, numbers)
 
     def missing_input(self, given: Collection[str]) -> ValueError | None:
         """An input that has columns and was not given."""

@@ -110,3 +110,15 @@ def test_an_id_beyond_its_table_is_a_fault_of_its_request(bundle: Path) -> None:
 
 def test_weights_lie_in_the_mapped_file(ranker: Ranker, exported: Path) -> None:
     assert str(exported / "weights.safetensors") in Path("/proc/self/maps").read_text()
+
+
+def test_a_number_next_to_the_lowest_is_missing_and_minus_infinity_is_not(ranker: Ranker) -> None:
+    requests = [request_of(2, seed=4) for _ in range(3)]
+    for request, value in zip(requests, (etl.transform.MISSING_NUMBER, -1.795e308, -np.inf), strict=True):
+        request.numbers[:, 0] = value
+    exact, near, infinite = ranker.score(requests)
+    assert isinstance(exact, Scored)
+    assert isinstance(near, Scored)
+    np.testing.assert_array_equal(exact.ids, near.ids)
+    np.testing.assert_array_equal(exact.floats, near.floats)
+    assert "column 'age' holds -inf" in str(infinite)

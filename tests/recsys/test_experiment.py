@@ -51,7 +51,7 @@ def test_a_resolved_experiment_reads_back_equal(experiment: Callable[..., Experi
 
 def test_the_users_columns_are_raw_columns_and_not_all(experiment: Callable[..., Experiment]) -> None:
     assert experiment(serve={"user": ["user", "x"]}).serve.user == ["user", "x"]
-    with pytest.raises(Faults, match="serve.user: no feature reads 'pair', the columns are user, item, x, y"):
+    with pytest.raises(Faults, match=r"serve\.user: no feature reads 'pair', the columns are user, item, x, y"):
         experiment(serve={"user": ["pair"]})
     with pytest.raises(Faults, match="candidates need one of their own"):
         experiment(serve={"user": ["user", "item", "x", "y"]})
