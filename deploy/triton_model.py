@@ -59,7 +59,8 @@ class TritonPythonModel:
         for number, kind in enumerate(self._kinds):
             places = [at for at, other in enumerate(kinds) if other == number]
             read = [kind.read(given[at]) for at in places]
-            scored = iter(kind.score([request for request in read if not isinstance(request, ValueError)]))
+            sound = [request for request in read if not isinstance(request, ValueError)]
+            scored = iter(kind.score(sound) if sound else [])
             for at, request in zip(places, read, strict=True):
                 result = request if isinstance(request, ValueError) else next(scored)
                 responses[at] = self._response(requests[at], result, kind=kind)
