@@ -17,7 +17,6 @@ import triton_python_backend_utils as pb_utils
 
 _WARM_UP_ROWS = (1, 2, 8, 64)
 _RANKED = ("user_", "item_")
-_OUTPUTS = ("score", "ids", "floats")
 
 
 class TritonPythonModel:
@@ -76,13 +75,14 @@ class TritonPythonModel:
             error = pb_utils.TritonError(str(result), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=error)
         self._monitor.scored(result.score)
-        outputs = kind.outputs(result)
-        names = [name for name in request.requested_output_names() if name in outputs]
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, outputs[name]) for name in names])
+        names = [name for name in request.requested_output_names() if name in kind.outputs]
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, kind.output(name, result)) for name in names])
 
 
 class _Rows:
     """Requests of rows: keys [B, C] and numbers [B, M]."""
+
+    outputs = ("score", "ids", "floats")
 
     def __init__(self, ranker: Any, beside: Any) -> None:
         self._make, self._encoder = beside.Request, ranker.encoder
@@ -94,13 +94,15 @@ class _Rows:
             return ValueError("the request has no input")
         return self._encoder.missing_input(given) or _half(given, "", blank=self.blank(_rows(given)), make=self._make)
 
-    def outputs(self, scored: Any) -> dict[str, Any]:
-        """[B, .] each."""
-        return {name: np.ascontiguousarray(getattr(scored, name)) for name in _OUTPUTS}
+    def output(self, name: str, scored: Any) -> Any:
+        """[B, .]"""
+        return np.ascontiguousarray(getattr(scored, name))
 
 
 class _Ranked:
     """Requests of a user [1, .] and candidates [1, N, .], where Triton's batch is one of users."""
+
+    outputs = ("rank_score", "rank_ids", "rank_floats")
 
     def __init__(self, ranker: Any, beside: Any, *, module: Any, signature: Mapping[str, Any]) -> None:
         ranking, rows = signature["ranking"], signature["max_rows"]
@@ -120,9 +122,9 @@ class _Ranked:
         user = _half(given, "user_", blank=blank.user, make=self._make)
         return self._module.RankRequest(user, _half(items, "item_", blank=blank.items, make=self._make))
 
-    def outputs(self, scored: Any) -> dict[str, Any]:
-        """[1, N, .] each."""
-        return {f"rank_{name}": np.ascontiguousarray(getattr(scored, name))[None] for name in _OUTPUTS}
+    def output(self, name: str, scored: Any) -> Any:
+        """[1, N, .]"""
+        return np.ascontiguousarray(getattr(scored, name.removeprefix("rank_")))[None]
 
 
 def _half(given: Mapping[str, Any], prefix: str, *, blank: Any, make: Any) -> Any:
