@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 Int64s = npt.NDArray[np.int64]
+State = Mapping[str, Any]
+"""JSON values."""
 Series = tuple[str, tuple[tuple[str, str], ...]]
 """A metric's name, and names and values of its labels."""
 
@@ -106,7 +108,7 @@ class Monitor:
     counts of known, missing and unseen values. Another thread may take what this one counts.
     """
 
-    def __init__(self, reference: Mapping[str, Any], *, tasks: Sequence[str], missing_number: float) -> None:
+    def __init__(self, reference: State, *, tasks: Sequence[str], missing_number: float) -> None:
         self._tasks, self._missing_number = tuple(tasks), missing_number
         self._scores, self._features = reference["scores"], reference["features"]
         self._windows = {("score", task): Window(len(bins["counts"])) for task, bins in self._scores.items()}
@@ -116,7 +118,7 @@ class Monitor:
         self._refused = 0
         self._lock = threading.Lock()
 
-    def seen(self, transform: Any, packed: Any, encoded: Any, *, skip: frozenset[str] = frozenset()) -> None:
+    def seen(self, transform: Any, *, packed: Any, encoded: Any, skip: frozenset[str] = frozenset()) -> None:
         """Values of a batch, before it was scored, but for those of the features to skip."""
         with self._lock:
             if id(transform) not in self._tallies:

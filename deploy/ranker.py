@@ -171,7 +171,7 @@ class Ranker:
         sound = [at for at in sound if results[at] is None]
         packed = self.encoder.together([requests[at] for at in sound])
         encoded = self.encoder.encode(packed)
-        self.seen(self.encoder.transform, packed, encoded)
+        self.seen(self.encoder.transform, packed=packed, encoded=encoded)
         counts = [len(requests[at].keys) for at in sound]
         scored = self.score_encoded(encoded.ids, encoded.floats, counts=counts, most=max(1, sum(counts)))
         for at, result in zip(sound, scored, strict=True):
@@ -227,7 +227,7 @@ def out_of_range(ids_BS: Int64s, rows_S: Int64s, *, lowest_S: Int64s) -> tuple[i
     return int(row), int(at)
 
 
-def _ignore(transform: Any, packed: Any, encoded: Any, *, skip: frozenset[str] = frozenset()) -> None:
+def _ignore(transform: Any, *, packed: Any, encoded: Any, skip: frozenset[str] = frozenset()) -> None:
     """What nobody wants to know."""
 
 

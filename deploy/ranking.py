@@ -51,7 +51,7 @@ class Ranking:
         self._user, self._items, self._own = (
             beside.Encoder(part, module=module, prefix=prefix) for prefix, part in parts.items()
         )
-        self._shared = [_indices(parts["user_"].signature, user[name], shared) for name in ("keys", "numbers")]
+        self._shared = [_indices(parts["user_"].signature, user[name], shared=shared) for name in ("keys", "numbers")]
         self._places = {"user": _places(ranker, users), "own": _places(ranker, own)}
         helped = [step for step in ranker.features if step["name"] in own | self._helping]
         self._kept = np.array([step["name"] in own for step in helped for _ in range(step["slots"])], bool)
@@ -118,8 +118,8 @@ class Ranking:
         """ids [B, S] and floats [B, N] of all candidates, in the order of the schema."""
         packed_user, packed = self._user.together(users), self._own.together(items)
         of_user, own = self._user.encode(packed_user), self._own.encode(packed)
-        self._ranker.seen(self._user.transform, packed_user, of_user)
-        self._ranker.seen(self._own.transform, packed, own, skip=self._helping)
+        self._ranker.seen(self._user.transform, packed=packed_user, encoded=of_user)
+        self._ranker.seen(self._own.transform, packed=packed, encoded=own, skip=self._helping)
         (user_ids, user_floats), (own_ids, own_floats) = self._places["user"], self._places["own"]
         ids_BS = np.empty((counts.sum(), len(user_ids) + len(own_ids)), np.int64)
         floats_BN = np.empty((counts.sum(), len(user_floats) + len(own_floats)), np.float32)
@@ -150,7 +150,7 @@ def _part(transform: Any, signature: State, *, features: Collection[str], dense:
     return type(transform)(state, transform.vocabularies, encodings=transform.encodings)
 
 
-def _indices(signature: Any, names: Sequence[str], shared: Collection[str]) -> Int64s:
+def _indices(signature: Any, names: Sequence[str], *, shared: Collection[str]) -> Int64s:
     """Places of the shared columns in a packed matrix."""
     places = signature.places(names)
     found = [np.arange(places[name].start, places[name].stop) for name in names if name in shared]

@@ -71,7 +71,7 @@ class Wire:
         asked = {"score": "score", "ids": "ids"} if ids else {"score": "score"}
         for start in range(0, len(packed.keys), self._max_rows):
             part = slice(start, start + self._max_rows)
-            yield Message(_inputs("", packed, part), asked)
+            yield Message(_inputs("", packed, part=part), asked)
 
     def ranked(self, user: Mapping[str, object], candidates: Raw, *, ids: bool) -> Iterator[Message]:
         """Requests of one user and at most the server's number of candidates. Raises Fault as `rows`, and where the
@@ -84,10 +84,10 @@ class Wire:
         packed_user = _pack([user], of_user, place="the user")
         packed = _pack(candidates, of_items, place="the candidates")
         asked = {"score": "rank_score", "ids": "rank_ids"} if ids else {"score": "rank_score"}
-        shared, most = _inputs("user_", packed_user, slice(0, 1)), int(self._ranking["max_candidates"])
+        shared, most = _inputs("user_", packed_user, part=slice(0, 1)), int(self._ranking["max_candidates"])
         for start in range(0, len(packed.keys), most):
             part = slice(start, start + most)
-            yield Message([*shared, *_inputs("item_", packed, part, batch=(1,))], asked)
+            yield Message([*shared, *_inputs("item_", packed, part=part, batch=(1,))], asked)
 
     def result(self, answers: Sequence[Answer], *, ids: bool) -> Rows:
         """The answers of all requests, in their order, as one."""
@@ -159,7 +159,7 @@ def _columns(columns: Mapping[str, str]) -> str:
     return "the columns " + ", ".join(f"{name} ({dtype})" for name, dtype in columns.items())
 
 
-def _inputs(prefix: str, packed: Packed, part: slice, *, batch: tuple[int, ...] = ()) -> list[triton_grpc.InferInput]:
+def _inputs(prefix: str, packed: Packed, *, part: slice, batch: tuple[int, ...] = ()) -> list[triton_grpc.InferInput]:
     """The matrices that have columns; `batch` are dimensions of 1 in front."""
     found = []
     for name, array in (("keys", packed.keys[part]), ("numbers", packed.numbers[part])):

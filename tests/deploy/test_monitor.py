@@ -50,7 +50,7 @@ def test_known_missing_unseen_and_clipped_values(transform: Transform) -> None:
     numbers = np.array([[1.0, 1.0], [-2.0, MISSING_NUMBER], [MISSING_NUMBER, 3.0]])
     packed, found = Packed(keys, numbers), monitor()
     for _ in range(2):
-        found.seen(transform, packed, transform.apply(packed))
+        found.seen(transform, packed=packed, encoded=transform.apply(packed))
     once = {
         ("item", "known"): 1, ("item", "missing"): 1, ("item", "unseen"): 1,
         ("tags", "known"): 1, ("tags", "unseen"): 2,
@@ -63,7 +63,7 @@ def test_known_missing_unseen_and_clipped_values(transform: Transform) -> None:
 
 def test_features_to_skip_are_not_counted(transform: Transform) -> None:
     packed, found = Packed(np.full((2, 3), 5), np.zeros((2, 2))), monitor()
-    found.seen(transform, packed, transform.apply(packed), skip=frozenset({"item", "size"}))
+    found.seen(transform, packed=packed, encoded=transform.apply(packed), skip=frozenset({"item", "size"}))
     assert {name for name, _ in values(found)} == {"tags", "price"}
 
 
@@ -110,7 +110,7 @@ def test_unseen_ids_raise_the_index(transform: Transform) -> None:
     found = monitor({"scores": {}, "features": {"item": [980, 10, 10]}})
     for keys, low, high in ((np.full((2000, 3), 5), 0.0, 0.1), (np.full((2000, 3), 99), 1.0, 10.0)):
         packed = Packed(keys, np.zeros((2000, 2)))
-        found.seen(transform, packed, transform.apply(packed))
+        found.seen(transform, packed=packed, encoded=transform.apply(packed))
         found.take()
         assert low < found.drift()["values", "item"] < high
 

@@ -34,7 +34,7 @@ class Case:
         parts: dict[str, Any] = {"user": self.user.as_json(), "items": self.items.as_json()}
         self.ranking = Ranking(self.ranker, deploy.ranker, **parts, most=50, rows=16)
 
-    def _note(self, transform: Any, packed: Packed, encoded: Any, *, skip: frozenset[str] = frozenset()) -> None:
+    def _note(self, transform: Any, *, packed: Packed, encoded: Any, skip: frozenset[str] = frozenset()) -> None:
         self.seen.append(([step["name"] for step in transform.features if step["name"] not in skip], len(packed.keys)))
 
     def request(self, rows: pa.Table) -> tuple[RankRequest, Request]:

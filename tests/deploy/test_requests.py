@@ -33,6 +33,7 @@ from etl.transform import Signature as Packing
 from tests.deploy.conftest import Served, raw_lists
 from tests.deploy.test_serving import WAIT_S, serving
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the commands silence it themselves
 Arrays = dict[str, npt.NDArray[Any]]
 USER = ("history", "tags", "tag_weights")
 
@@ -89,7 +90,7 @@ BAD_ROWS: dict[str, tuple[Callable[[Arrays], Arrays], str]] = {
     "too long": (replaced("keys", lambda keys: np.repeat(keys, 2, axis=1)), "'keys'"),
     "another type": (replaced("keys", lambda keys: keys.astype(np.int32)), "'keys'"),
     "an input missing": (replaced("numbers", lambda _: None), "input 'numbers' is missing, with the columns price"),
-    "uneven": (replaced("numbers", lambda numbers: np.repeat(numbers, 2, axis=0)), "'numbers'"),
+    "uneven": (replaced("numbers", lambda numbers: np.repeat(numbers, 2, axis=0)), "batch size does not match other"),
     "too many rows": (lambda arrays: {n: np.repeat(a[:1], 33, axis=0) for n, a in arrays.items()}, "batch-size"),
     "an unknown input": (lambda arrays: arrays | {"nambers": arrays["numbers"]}, "'nambers'"),
 }
@@ -244,6 +245,7 @@ def settled(served: Served, *, rows: float) -> dict[str, float]:
 
 @pytest.mark.triton
 def test_values_and_scores_are_counted_and_drift_alarms(lists_served: Served) -> None:
+    threading.Event().wait(3)  # what other tests sent is handed over
     before = settled(lists_served, rows=0)
     start = series(before, "rankforge_rows_total")
     row: dict[str, object] = {"item": 7, "history": [1, 999], "tags": ["a", None], "tag_weights": [1.0, 0.5]}
