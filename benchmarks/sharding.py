@@ -148,7 +148,7 @@ class Plain:
             weight_RW.detach()[touched] = weights
             for kept, state in zip(self.states[name], states, strict=True):
                 kept[touched] = state
-        return float(logloss)
+        return logloss.item()
 
     def _tables(self) -> list[tuple[str, Tensor]]:
         return [(name, module.weight) for name, module in self.network.tables.embedding_bags.items()]

@@ -37,7 +37,9 @@ class Placement(Section):
     """How the tables are cut and kept, each unless `tables` says otherwise."""
 
     sharding: Sharding = Field(
-        "auto", description="auto: the planner chooses for each table; data_parallel: a copy on each rank, when asked"
+        "auto",
+        description="auto: the planner chooses for each table; data_parallel: a copy on each rank, when asked for; "
+        "a table with too few rows for a row of it on each rank stays whole",
     )
     placement: Memory = Field(
         "auto",

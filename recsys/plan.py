@@ -65,6 +65,7 @@ def _implied(experiment: Experiment) -> Schema:
         if isinstance(feature, Target | Count) or (isinstance(feature, Numeric) and feature.as_ == "dense"):
             dense.append(DenseFeature(name=name))
             continue
+        kind: str
         if isinstance(feature, Numeric | Cross):
             table, kind = name, feature.as_ if isinstance(feature, Numeric) else "cross"
             tables[table] = _own_rows(feature)
@@ -115,9 +116,8 @@ def as_text(plan: "Plan") -> str:
     h = plan.hardware
     where = f"{h.hosts:,} host{'s' if h.hosts > 1 else ''} of {h.ranks_per_host}" if h.ranks > 1 else "alone"
     memory = f"{h.hbm_bytes / GIB:,.0f} GiB each, " if h.device == "cuda" else ""
-    lines = [
-        f"{h.ranks:,} x {h.device}, {where}; {memory}{h.ddr_bytes / GIB:,.0f} GiB a host; batch {plan.batch_size:,} a rank"
-    ]
+    memory += f"{h.ddr_bytes / GIB:,.0f} GiB a host"
+    lines = [f"{h.ranks:,} x {h.device}, {where}; {memory}; batch {plan.batch_size:,} a rank"]
     lines += ["", *_aligned(["table", "rows", "GiB", "sharding", "memory", "ranks", "GiB a shard"], _table_rows(plan))]
     full, empty = (choose(plan.ranks, key=_bytes) for choose in (max, min))
     for place, limit in (("hbm", plan.hbm_limit), ("ddr", plan.ddr_limit)):

@@ -2,30 +2,39 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from etl.faults import Fault, Faults
 
 
-def _option(default: object, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """Hardware that need not be there, and tables that need not be there; the fields are the command's options."""
 
-    world_size: int = _option(1, "Ranks: processes, one a GPU.")
-    hosts: int | None = _option(None, "Hosts that share the ranks evenly; default as many as 8 ranks a host make.")
-    local_world_size: int | None = _option(None, "Ranks of one host, instead of --hosts.")
-    device: str | None = _option(None, "cpu or cuda; default train.device.")
-    hbm_gib: float = _option(80.0, "Memory of one GPU.")
-    ddr_gib: float | None = _option(None, "Memory of one host; default 2048 with GPUs, without them this machine's.")
-    data: Path | None = _option(None, "The dataset folder; default out/<name>/data. Not needed where --rows says all.")
-    rows: list[str] | None = _option(None, "Rows of a table that is planned larger or smaller: --rows item=1000000.")
-    json: bool = _option(False, "Print one JSON object.")
-    picture: Path | None = _option(None, "Also draw the ranks' memory into this .svg or .png file.")
-    set: list[str] | None = _option(None, "Overrides one key: --set embedding.sharding=row_wise.")
+    world_size: int = field(default=1, metadata=_help("Ranks: processes, one a GPU."))
+    hosts: int | None = field(
+        default=None, metadata=_help("Hosts that share the ranks evenly; default as many as 8 ranks a host make.")
+    )
+    local_world_size: int | None = field(default=None, metadata=_help("Ranks of one host, instead of --hosts."))
+    device: str | None = field(default=None, metadata=_help("cpu or cuda; default train.device."))
+    hbm_gib: float = field(default=80.0, metadata=_help("Memory of one GPU."))
+    ddr_gib: float | None = field(
+        default=None, metadata=_help("Memory of one host; default 2048 with GPUs, without them this machine's.")
+    )
+    data: Path | None = field(
+        default=None, metadata=_help("The dataset folder; default out/<name>/data. Not needed where --rows says all.")
+    )
+    rows: list[str] | None = field(
+        default=None, metadata=_help("Rows of a table that is planned larger or smaller: --rows item=1000000.")
+    )
+    json: bool = field(default=False, metadata=_help("Print one JSON object."))
+    picture: Path | None = field(
+        default=None, metadata=_help("Also draw the ranks' memory into this .svg or .png file.")
+    )
+    set: list[str] | None = field(default=None, metadata=_help("Overrides one key: --set embedding.sharding=row_wise."))
 
     @property
     def host_count(self) -> int:

@@ -21,7 +21,7 @@ from recsys.parallel.rows import Lookup, l2_of, needs_own_rows, parts_of
 
 @dataclass(frozen=True)
 class _Copy:
-    """One table: weights [R, W], its states (of the same shape, or [R, 1]), where gradients meet and who was touched."""
+    """One table: weights [R, W], states (of their shape, or [R, 1]), gradients of all ranks, and who was touched."""
 
     name: str
     vector: int

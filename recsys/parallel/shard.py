@@ -122,7 +122,7 @@ def _kernels(model: nn.Module) -> Iterator[Any]:
 def _vector_of(table: ShardedEmbeddingTable, vector: int) -> int:
     """How many columns of a shard are a vector, of those of the whole row."""
     first = table.local_metadata.shard_offsets[1] if table.local_metadata else 0
-    return max(0, min(vector - first, table.local_cols))
+    return int(max(0, min(vector - first, table.local_cols)))
 
 
 def _start_accumulators(fused: SplitTableBatchedEmbeddingBagsCodegen, embedding: Embedding) -> None:

@@ -16,7 +16,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingEnv
+from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
 
@@ -36,8 +36,8 @@ _AUTO_COLUMNS = 128  # narrower rows are not worth cutting across: TorchRec's ow
 class Hardware:
     """What the planner has to know: equal hosts with equal ranks; bytes of a GPU's memory and of a host's.
 
-    Bandwidths are those of H100 SXM nodes (HBM3 3.35 TB/s, NVLink 450 GB/s, PCIe 5 64 GB/s, one 400 Gb/s adapter a GPU),
-    or of server CPUs whose ranks talk through gloo.
+    Bandwidths are those of H100 SXM nodes (HBM3 3.35 TB/s, NVLink 450 GB/s, PCIe 5 64 GB/s, 400 Gb/s a GPU), or of
+    server CPUs whose ranks talk through gloo.
     """
 
     ranks: int
@@ -98,17 +98,11 @@ class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return sorted(kind.value for kind in ShardingType)
 
-    def shard(
-        self,
-        module: EmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> _Tables:
-        tables = _Tables(
-            module, params, env, self.fused_params, device, self.qcomm_codecs_registry, module_fqn=module_fqn
-        )
+    def shard(self, module: EmbeddingBagCollection, *rest: Any) -> _Tables:
+        """`rest`: the tables' parts of the plan, the processes, the device and the module's name."""
+        params, env, device, name = rest
+        codecs = self.qcomm_codecs_registry
+        tables = _Tables(module, params, env, self.fused_params, device, codecs, module_fqn=name)
         tables.leave_ddp()
         return tables
 
@@ -168,18 +162,18 @@ def states_shown(tables: EmbeddingBagCollection, embedding: Embedding) -> Iterat
     if not needs_own_rows(embedding) and embedding.rowwise:
         kind = RowWiseAdagrad
     for parameter in tables.parameters():
-        parameter._optimizer_classes = [kind]  # type: ignore[attr-defined]
+        parameter._optimizer_classes = [kind]
     try:
         yield
     finally:
         for parameter in tables.parameters():
-            del parameter._optimizer_classes  # type: ignore[attr-defined]
+            del parameter._optimizer_classes
 
 
 def _constraint(config: EmbeddingBagConfig, embedding: Embedding, *, hardware: Hardware) -> ParameterConstraints:
     own, width = embedding.of(config.name), config.embedding_dim
     return ParameterConstraints(
-        sharding_types=_types(own, embedding, width=width, hosts=hardware.hosts),
+        sharding_types=_types(own, embedding, config=config, hardware=hardware),
         compute_kernels=_kernels(own, embedding, place=config.name, device=hardware.device),
         min_partition=own.column_width or _column_width(own, width=width, hardware=hardware),
         pooling_factors=[1.0] * len(config.feature_names),  # a slot has one id or none
@@ -187,11 +181,19 @@ def _constraint(config: EmbeddingBagConfig, embedding: Embedding, *, hardware: H
     )
 
 
-def _types(own: Resolved, embedding: Embedding, *, width: int, hosts: int) -> list[str]:
-    if own.sharding != "auto":
-        return [own.sharding]
-    columns = ["column_wise"] if width >= _AUTO_COLUMNS and not embedding.rowwise else []
-    return ["table_wise", "row_wise", *columns, *(["table_row_wise"] if hosts > 1 else [])]
+def _types(own: Resolved, embedding: Embedding, *, config: EmbeddingBagConfig, hardware: Hardware) -> list[str]:
+    """What may be; a cut that would leave a rank without rows gives way: FBGEMM's fused kernels crash on 0 rows."""
+    wide = config.embedding_dim >= _AUTO_COLUMNS and not embedding.rowwise
+    hosts = ["table_row_wise"] if hardware.hosts > 1 else []
+    asked = [own.sharding] if own.sharding != "auto" else ["row_wise", *(["column_wise"] if wide else []), *hosts]
+    parts = {"row_wise": hardware.ranks} | dict.fromkeys(("table_row_wise", "grid_shard"), hardware.ranks_per_host)
+    whole = [kind for kind in asked if not _leaves_one_empty(config.num_embeddings, parts.get(kind, 1))]
+    return whole if whole and own.sharding != "auto" else ["table_wise", *whole]
+
+
+def _leaves_one_empty(rows: int, parts: int) -> bool:
+    """Whether rows in parts of equal size, rounded up, leave the last part none."""
+    return -(-rows // parts) * (parts - 1) >= rows
 
 
 def _kernels(own: Resolved, embedding: Embedding, *, place: str, device: str) -> list[str]:
