@@ -30,7 +30,7 @@ from etl.experiment_file import parse
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
 from recsys.data import Batch
 from recsys.experiment import Experiment
-from recsys.network import Network, build_network
+from recsys.network import Network, build_network, init_rows
 from recsys.optim import start_states, state_count, update
 from recsys.parallel.shard import Sharded, shard
 from recsys.parallel.world import World, mean_over_ranks, open_world
@@ -38,16 +38,8 @@ from recsys.placement import COLUMN_SHARDINGS
 from recsys.progress import quiet_libraries
 from recsys.train import dense_optimizer, mean_loss
 
-SHARDINGS = (
-    "table_wise",
-    "row_wise",
-    "column_wise",
-    "table_row_wise",
-    "table_column_wise",
-    "grid_shard",
-    "data_parallel",
-    "mixed",
-)
+CUTS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
+SHARDINGS = (*CUTS, "data_parallel", "mixed")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"learning_rate": 0.1},
     "momentum": {"learning_rate": 0.1},
@@ -176,8 +168,6 @@ class Ranks:
 
 def fill(network: Network, experiment: Experiment) -> None:
     """The rows that sharded tables start with."""
-    from recsys.network import init_rows
-
     for at, (_, table) in enumerate(network.layout.slots):
         vector = experiment.embedding.dim if at < network.layout.vectors else 0
         weight = network.tables.embedding_bags[table].weight.detach()

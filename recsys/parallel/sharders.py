@@ -100,9 +100,9 @@ class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
 
     def shard(self, module: EmbeddingBagCollection, *rest: Any) -> _Tables:
         """`rest`: the tables' parts of the plan, the processes, the device and the module's name."""
-        params, env, device, name = rest
+        params, env, device, *name = rest
         codecs = self.qcomm_codecs_registry
-        tables = _Tables(module, params, env, self.fused_params, device, codecs, module_fqn=name)
+        tables = _Tables(module, params, env, self.fused_params, device, codecs, *name)
         tables.leave_ddp()
         return tables
 

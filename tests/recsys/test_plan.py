@@ -94,7 +94,8 @@ def test_copies_are_on_every_rank_with_their_gradients() -> None:
 
 
 def test_what_spills_lies_in_host_memory_behind_a_cache() -> None:
-    chosen = experiment(train={"device": "cuda"}, embedding={"placement": "uvm_caching", "cache_share": 0.1})
+    cached = {"placement": "uvm_caching", "cache_share": 0.1}
+    chosen = experiment(train={"device": "cuda"}, embedding={"sharding": "table_wise"} | cached)
     plan = make_plan(chosen, sized(user=10_000_000), hardware=H100S)
     owner = next(s.rank for s in plan.shards if s.table == "user")
     assert plan.ranks[owner].ddr["weights"] >= 10_000_000 * 48
