@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +32,7 @@ from recsys.data import Batch
 from recsys.experiment import Experiment
 from recsys.network import Network, build_network, init_rows
 from recsys.optim import start_states, state_count, update
+from recsys.parallel.pipeline import IdsAhead
 from recsys.parallel.shard import Sharded, shard
 from recsys.parallel.world import World, mean_over_ranks, open_world
 from recsys.placement import COLUMN_SHARDINGS
@@ -49,8 +50,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "ftrl": {"learning_rate": 0.1, "accumulator_start": 0.1},
 }
 MIXED = ("table_wise", "row_wise", "data_parallel", "table_row_wise")
-STEPS, QUICK_STEPS = 20, 5
-WORLDS = (1, 2, 4)
+STEPS, QUICK_STEPS, WORLDS = 20, 5, (1, 2, 4)
 SMALL = {"user": 90, "item": 40, "tag": 7, "city": 2, "pair": 300}
 WIDE = {f"C{at}": 10 ** (2 + at % 5) for at in range(26)}
 
@@ -108,7 +108,7 @@ def global_batch(schema: Schema, rows: int, *, step: int) -> tuple[Tensor, Tenso
 def rank_batch(schema: Schema, rows: int, *, step: int, rank: int, ranks: int) -> Batch:
     own = slice(rank * rows // ranks, (rank + 1) * rows // ranks)
     ids_BS, floats_BN, labels_BT = (part[own] for part in global_batch(schema, rows, step=step))
-    none_BG, real_B = torch.zeros(len(ids_BS), 0, dtype=torch.int64), torch.ones(len(ids_BS))
+    none_BG, real_B = ids_BS[:, :0], torch.ones(len(ids_BS))
     return Batch(ids_BS, floats_BN, labels_BT, none_BG, real_B, torch.ones_like(labels_BT), global_rows=rows)
 
 
@@ -177,14 +177,9 @@ def fill(network: Network, experiment: Experiment) -> None:
 
 def embedding_of(optimizer: str, sharding: str, *, rows: dict[str, int], dim: int) -> dict[str, Any]:
     """Small steps of tables around 0.1, so that losses move."""
-    section = {"dim": dim, "init_std": 0.1, "optimizer": optimizer} | OPTIMIZERS[optimizer]
-    if sharding != "mixed":
-        return section | {"sharding": sharding}
-    return section | {"tables": {name: {"sharding": MIXED[at % len(MIXED)]} for at, name in enumerate(rows)}}
-
-
-def possible(sharding: str, optimizer: str) -> bool:
-    return not (sharding in COLUMN_SHARDINGS and optimizer == "rowwise_adagrad")
+    tables = {name: {"sharding": MIXED[at % len(MIXED)]} for at, name in enumerate(rows)}
+    chosen = {"tables": tables} if sharding == "mixed" else {"sharding": sharding}
+    return {"dim": dim, "init_std": 0.1, "optimizer": optimizer} | OPTIMIZERS[optimizer] | chosen
 
 
 def losses_on_ranks(steps: int) -> dict[str, list[float]]:
@@ -192,14 +187,13 @@ def losses_on_ranks(steps: int) -> dict[str, list[float]]:
     schema, found = schema_of(SMALL, dense=2), {}
     with open_world("cpu") as world:
         for sharding, optimizer in product(SHARDINGS, OPTIMIZERS):
-            if possible(sharding, optimizer):
-                embedding = embedding_of(optimizer, sharding, rows=SMALL, dim=8)
-                run = Ranks(experiment_of(schema, embedding, hidden=[16]), schema, world=world)
-                losses = []
-                for step in range(1, steps + 1):
-                    batch = rank_batch(schema, 64, step=step, rank=world.rank, ranks=world.size)
-                    losses.append(mean_over_ranks(run.step(batch, step=step)))
-                found[f"{sharding} {optimizer}"] = losses
+            if sharding in COLUMN_SHARDINGS and optimizer == "rowwise_adagrad":
+                continue  # refused
+            embedding = embedding_of(optimizer, sharding, rows=SMALL, dim=8)
+            run = Ranks(experiment_of(schema, embedding, hidden=[16]), schema, world=world)
+            batches = (rank_batch(schema, 64, step=at + 1, rank=world.rank, ranks=world.size) for at in range(steps))
+            losses = [mean_over_ranks(run.step(batch, step=at)) for at, batch in enumerate(batches, start=1)]
+            found[f"{sharding} {optimizer}"] = losses
     return found
 
 
@@ -210,24 +204,24 @@ def losses_alone(steps: int) -> dict[str, list[float]]:
         experiment = experiment_of(schema, embedding, hidden=[16])
         run = Plain(experiment, schema)
         fill(run.network, experiment)
-        batches = [rank_batch(schema, 64, step=step, rank=0, ranks=1) for step in range(1, steps + 1)]
-        found[optimizer] = [run.step(batch, step=step) for step, batch in enumerate(batches, start=1)]
+        batches = (rank_batch(schema, 64, step=at + 1, rank=0, ranks=1) for at in range(steps))
+        found[optimizer] = [run.step(batch, step=at) for at, batch in enumerate(batches, start=1)]
     return found
 
 
-def step_seconds(sharding: str, *, rounds: int) -> list[float]:
+def step_seconds(sharding: str, *, rounds: int, ahead: bool) -> list[float]:
     """Of DeepFM on 26 tables, 4096 rows over all ranks, bf16."""
     schema = schema_of(WIDE, dense=13)
     embedding = embedding_of("rowwise_adagrad", sharding, rows=WIDE, dim=16)
     with open_world("cpu") as world:
         run = Ranks(experiment_of(schema, embedding, hidden=[400, 400, 400]), schema, world=world, bf16=True)
         batches = [rank_batch(schema, 4096, step=at, rank=world.rank, ranks=world.size) for at in range(4)]
-        seconds = []
-        for step in range(1, rounds + 5):
-            began = time.perf_counter()
-            run.step(batches[step % 4], step=step)
-            seconds.append(time.perf_counter() - began)
-    return seconds[4:]
+        turns = (batches[step % 4] for step in range(rounds + 5))
+        ends = []
+        for step, batch in enumerate(IdsAhead(run.sharded).batches(turns) if ahead else turns, start=1):
+            run.step(batch, step=step)
+            ends.append(time.perf_counter())
+    return [end - begin for begin, end in pairwise(ends)][4:]
 
 
 def on_ranks(ranks: int, *, threads: int, arguments: list[str]) -> Any:
@@ -265,12 +259,14 @@ def cost(rounds: int) -> dict[str, float]:
     found = {}
     for sharding in ("table_wise", "row_wise"):
         arguments = ["--cost", sharding, "--steps", str(rounds)]
-        pairs = [
-            [median(on_ranks(ranks, threads=2 // ranks, arguments=arguments)) for ranks in (1, 2)] for _ in range(3)
+        sides = [(1, []), (2, []), (2, ["--ahead"])]
+        turns = [
+            [median(on_ranks(n, threads=2 // n, arguments=arguments + more)) for n, more in sides] for _ in range(3)
         ]
-        found[sharding] = median(two / one for one, two in pairs)
-        texts = [f"{one * 1e3:.0f} and {two * 1e3:.0f}" for one, two in pairs]
-        print(f"{sharding}: ms a step of 1 rank x 2 threads and of 2 ranks x 1 thread: {', '.join(texts)}")
+        found[sharding] = median(two / one for one, two, _ in turns)
+        found[f"{sharding}, ids ahead"] = median(ahead / one for one, _, ahead in turns)
+        print(f"{sharding}, ms a step of 1 rank x 2 threads, of 2 ranks x 1 thread, and of those with ids sent ahead:")
+        print("; ".join(", ".join(f"{side * 1e3:.0f}" for side in turn) for turn in turns))
     return found
 
 
@@ -281,18 +277,20 @@ def main() -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--cost", help=argparse.SUPPRESS)
+    parser.add_argument("--ahead", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet_libraries()
     if options.worker:
         if os.environ["WORLD_SIZE"] == "4":
             os.environ["LOCAL_WORLD_SIZE"] = "2"
-        found = step_seconds(options.cost, rounds=options.steps) if options.cost else losses_on_ranks(options.steps)
+        if options.cost:
+            found: Any = step_seconds(options.cost, rounds=options.steps, ahead=options.ahead)
+        else:
+            found = losses_on_ranks(options.steps)
         if os.environ["RANK"] == "0":
             options.worker.write_text(json.dumps(found))
         return
-    figures: dict[str, Any] = {}
-    if options.only != "cost":
-        figures |= equality(QUICK_STEPS if options.quick else STEPS)
+    figures = equality(QUICK_STEPS if options.quick else STEPS) if options.only != "cost" else {}
     if options.only == "cost" or not (options.quick or options.only):
         figures["ranks_over_threads"] = cost(rounds=20)
     print(json.dumps(figures))

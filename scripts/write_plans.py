@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scale.md"
-BLOCK = re.compile(r"    \$ python (?P<command>-m recsys plan .*)\n(?:    .*\n|\n(?=    ))*")
+BLOCK = re.compile(r"    \$ python (?P<command>-m recsys plan .*)\n(?:    (?!\$ ).*\n|\n(?=    (?!\$ )))*")
 
 
 def shown(match: re.Match[str]) -> str:

@@ -91,7 +91,10 @@ def shard(network: Network, embedding: Embedding, *, world: World, seed: int, ba
     apply_optimizer_in_backward(_OPTIMIZERS[kind], tables.parameters(), settings)
     network.head.to(world.device)
     network.columns = network.columns.to(world.device)
-    model = DistributedModelParallel(network, device=world.device, plan=plan, sharders=[sharder])
+    alone = world.size == 1  # nobody to average gradients with
+    model = DistributedModelParallel(
+        network, device=world.device, plan=plan, sharders=[sharder], init_data_parallel=not alone
+    )
     vectors = _vectors(network)
     _fill(model, vectors, std=embedding.init_std, seed=seed)
     return _with_optimizers(model, embedding, vectors=vectors)

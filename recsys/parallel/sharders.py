@@ -183,6 +183,8 @@ def _constraint(config: EmbeddingBagConfig, embedding: Embedding, *, hardware: H
 
 def _types(own: Resolved, embedding: Embedding, *, config: EmbeddingBagConfig, hardware: Hardware) -> list[str]:
     """What may be; a cut that would leave a rank without rows gives way: FBGEMM's fused kernels crash on 0 rows."""
+    if hardware.ranks == 1 and own.sharding != "data_parallel":
+        return ["table_wise"]  # a lone rank has nothing to cut and nothing to send
     wide = config.embedding_dim >= _AUTO_COLUMNS and not embedding.rowwise
     hosts = ["table_row_wise"] if hardware.hosts > 1 else []
     asked = [own.sharding] if own.sharding != "auto" else ["row_wise", *(["column_wise"] if wide else []), *hosts]
