@@ -4,7 +4,7 @@ TorchRec's planner chooses; the bytes are counted here, from the shards it made 
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +95,8 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     try:
         with states_shown(tables, embedding):
             planner.plan(network, [sharder_of(embedding, hardware.device)])
-    except (PlannerError, RuntimeError) as error:
-        raise _too_large(configs, embedding, hardware=hardware, reserved=reserved, cause=error) from None
+    except PlannerError:
+        raise too_large(configs.values(), embedding, hardware=hardware, reserved=reserved) from None
     shards = tuple(_shards(kept.options, configs, embedding=embedding))
     ranks = tuple(_ranks(shards, configs, network=network, experiment=experiment, hardware=hardware, dense=dense))
     hbm_limit = int(hardware.hbm_bytes * (1 - HEADROOM))
@@ -112,7 +112,7 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     )
     worst = max(ranks, key=lambda rank: max(sum(rank.hbm.values()) - hbm_limit, sum(rank.ddr.values()) - ddr_limit))
     if sum(worst.hbm.values()) > hbm_limit or sum(worst.ddr.values()) > ddr_limit:
-        raise _too_large(configs, embedding, hardware=hardware, reserved=reserved, cause=None)
+        raise too_large(configs.values(), embedding, hardware=hardware, reserved=reserved)
     return plan
 
 
@@ -218,20 +218,15 @@ def _sent_bytes(shard: ShardPlan, slots: int, *, embedding: Embedding, hardware:
     return int(rows * others * slots * (shard.columns * sizes + share * _ID_BYTES))
 
 
-def _too_large(
-    configs: Mapping[str, EmbeddingBagConfig],
-    embedding: Embedding,
-    *,
-    hardware: Hardware,
-    reserved: int,
-    cause: Exception | None,
+def too_large(
+    configs: Iterable[EmbeddingBagConfig], embedding: Embedding, *, hardware: Hardware, reserved: int = 0
 ) -> Fault:
     """Names the tables, the room, and what would make it fit."""
     sizes = {}
-    for name, config in configs.items():
+    for config in configs:
         rows, columns = config.num_embeddings, config.embedding_dim
-        bytes_a_weight = 2 if embedding.of(name).precision == "fp16" else 4
-        sizes[name] = rows * columns * bytes_a_weight + state_bytes(embedding, rows=rows, columns=columns)
+        bytes_a_weight = 2 if embedding.of(config.name).precision == "fp16" else 4
+        sizes[config.name] = rows * columns * bytes_a_weight + state_bytes(embedding, rows=rows, columns=columns)
     cuda = hardware.device == "cuda"
     capacity = hardware.hbm_bytes if cuda else hardware.ddr_bytes // hardware.ranks_per_host
     room, total = max(int(capacity * (1 - HEADROOM)) - reserved, 0), sum(sizes.values())
@@ -248,8 +243,6 @@ def _too_large(
         remedies.append("keep rows in fp16 (precision 'fp16')")
     named = ", ".join(f"'{name}' ({sizes[name] / GIB:,.1f} GiB)" for name in largest)
     got = f"{total / GIB:,.1f} GiB of tables and states, the largest {named}"
-    if cause and "No available sharding type" in str(cause):
-        got += f"; {str(cause).splitlines()[0]}"
     wanted = (
         f"at most {room / GIB:,.1f} GiB on each of {hardware.ranks} ranks, beside {reserved / GIB:,.1f} GiB of others"
     )

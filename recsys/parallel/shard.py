@@ -12,14 +12,17 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.distributed.planner.constants import BATCH_SIZE
-from torchrec.distributed.types import Shard, ShardedTensor
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import Shard, ShardedTensor, ShardingPlan
 from torchrec.optim import RowWiseAdagrad, apply_optimizer_in_backward
 
+from etl.faults import Fault
 from recsys.experiment import Embedding
 from recsys.network import Network, init_rows
+from recsys.parallel.plan import too_large
 from recsys.parallel.replicated import ReplicatedRows
 from recsys.parallel.rows import RowOptimizer, needs_own_rows
-from recsys.parallel.sharders import hardware_here, planner_of, resized, sharder_of, states_shown
+from recsys.parallel.sharders import Sharder, hardware_here, planner_of, resized, sharder_of, states_shown
 from recsys.parallel.world import World
 
 __all__ = ["Sharded", "shard"]
@@ -77,12 +80,13 @@ def shard(network: Network, embedding: Embedding, *, world: World, seed: int, ba
     """The network over all ranks: tables sharded, with their optimizer in the backward pass, and rows initialised.
 
     `batch_size`, of one rank, helps the planner to weigh memory and communication.
+
+    Raises:
+        Fault: the tables do not fit; on every rank, so that none is left waiting.
     """
     network.tables = tables = resized(network.tables, embedding)
     sharder = sharder_of(embedding, world.device.type)
-    planner = planner_of(tables, embedding, hardware=hardware_here(world), batch_size=batch_size)
-    with states_shown(tables, embedding):
-        plan = planner.collective_plan(network, [sharder], dist.GroupMember.WORLD)
+    plan = _agreed_plan(network, embedding, sharder=sharder, world=world, batch_size=batch_size)
     own = needs_own_rows(embedding)
     settings: dict[str, float] = {"lr": embedding.learning_rate}
     if own or embedding.optimizer != "sgd":
@@ -98,6 +102,29 @@ def shard(network: Network, embedding: Embedding, *, world: World, seed: int, ba
     vectors = _vectors(network)
     _fill(model, vectors, std=embedding.init_std, seed=seed)
     return _with_optimizers(model, embedding, vectors=vectors)
+
+
+def _agreed_plan(
+    network: Network, embedding: Embedding, *, sharder: Sharder, world: World, batch_size: int
+) -> ShardingPlan:
+    """Rank 0's plan, or its fault, on all ranks."""
+    found: list[Any] = [None]
+    if world.rank == 0:
+        tables, hardware = network.tables, hardware_here(world)
+        try:
+            planner = planner_of(tables, embedding, hardware=hardware, batch_size=batch_size)
+            with states_shown(tables, embedding):
+                found = [planner.plan(network, [sharder])]
+        except PlannerError:
+            fault = too_large(tables.embedding_bag_configs(), embedding, hardware=hardware)
+            found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
+        except Fault as fault:
+            found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
+    dist.broadcast_object_list(found, device=world.device)
+    if isinstance(found[0], tuple):
+        place, got, wanted, remedy = found[0]
+        raise Fault(place, got=got, wanted=wanted, remedy=remedy)
+    return found[0]
 
 
 def _with_optimizers(model: DistributedModelParallel, embedding: Embedding, *, vectors: dict[str, int]) -> Sharded:

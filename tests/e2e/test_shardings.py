@@ -13,11 +13,13 @@ import pytest
 import torch
 from torchrec.distributed.types import ShardedTensor
 
+from recsys.data import Batch
+from recsys.parallel.pipeline import IdsAhead
 from recsys.parallel.state import restore, save
 from recsys.parallel.world import World, open_world
 from recsys.progress import quiet_libraries
-from tests.e2e.test_ranks import ADAGRAD, ADAM, AFTER, BEFORE, FTRL, Run
-from tests.registry import config_of, rich_schema
+from tests.e2e.test_ranks import ADAGRAD, ADAM, AFTER, BEFORE, FTRL, ROWS, Run
+from tests.registry import config_of, random_rows, rich_schema
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
@@ -77,10 +79,31 @@ def narrow(world: World) -> dict[str, list[float]]:
     return {name: [run.step(s) for s in BEFORE] for name, own in NARROW.items() for run in [run_of(own, world, seed=1)]}
 
 
+def ahead(world: World, *, shift: int = 0) -> list[list[float]]:
+    """Losses with ids sent ahead, which are those of other steps where `shift` is not 0."""
+    found = []
+    for kind in ("row_wise", "table_wise", "data_parallel"):
+        run = run_of(ADAM | {"sharding": kind}, world, seed=1)
+        size = ROWS // world.size
+        own = slice(world.rank * size, (world.rank + 1) * size)
+        rows = [random_rows(run.schema, ROWS, seed=50 + step + shift) for step in BEFORE]
+        batches = [Batch(ids[own], floats[own], *[torch.ones(size, 1)] * 4, ROWS) for ids, floats in rows]
+        sent = IdsAhead(run.sharded).batches(iter(batches))
+        found.append([run.step(step) for _, step in zip(sent, BEFORE, strict=True)])
+        assert torch.isfinite(run.logits()).all()
+    return found
+
+
+def at_once(world: World) -> list[list[float]]:
+    runs = [run_of(ADAM | {"sharding": kind}, world, seed=1) for kind in ("row_wise", "table_wise", "data_parallel")]
+    return [[run.step(step) for step in BEFORE] for run in runs]
+
+
 def on_a_rank(folder: Path) -> None:
     quiet_libraries()
     with open_world("cpu") as world:
         found = (moved(folder, world, saved_by=None), moved(folder, world, saved_by=1), narrow(world))
+        assert ahead(world) == at_once(world) != ahead(world, shift=7)
         torch.save(found, folder / f"found-{world.rank}.pt")
 
 
