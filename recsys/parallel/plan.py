@@ -88,9 +88,10 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     tables = network.tables = resized(network.tables, embedding)
     configs = {config.name: config for config in tables.embedding_bag_configs()}
     reserved = sum(dense.device(hardware.device).values())
-    planner = planner_of(tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved)
     kept = _Keep()
-    planner._stats = [kept]
+    planner = planner_of(
+        tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved, stats=[kept]
+    )
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     try:
         with states_shown(tables, embedding):
@@ -101,19 +102,22 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     ranks = tuple(_ranks(shards, configs, network=network, experiment=experiment, hardware=hardware, dense=dense))
     hbm_limit = int(hardware.hbm_bytes * (1 - HEADROOM))
     ddr_limit = int(hardware.ddr_bytes // hardware.ranks_per_host * (1 - HEADROOM))
-    plan = Plan(
-        hardware,
-        batch_size,
-        {name: c.num_embeddings for name, c in configs.items()},
-        shards,
-        ranks,
-        hbm_limit,
-        ddr_limit,
-    )
-    worst = max(ranks, key=lambda rank: max(sum(rank.hbm.values()) - hbm_limit, sum(rank.ddr.values()) - ddr_limit))
-    if sum(worst.hbm.values()) > hbm_limit or sum(worst.ddr.values()) > ddr_limit:
-        raise too_large(configs.values(), embedding, hardware=hardware, reserved=reserved)
+    rows = {name: config.num_embeddings for name, config in configs.items()}
+    plan = Plan(hardware, batch_size, rows, shards, ranks, hbm_limit, ddr_limit)
+    _check_limits(plan)
     return plan
+
+
+def _check_limits(plan: Plan) -> None:
+    """Also what the planner does not count has to fit."""
+    for rank in plan.ranks:
+        for name, held, limit in (("GPU", rank.hbm, plan.hbm_limit), ("host", rank.ddr, plan.ddr_limit)):
+            if sum(held.values()) > limit:
+                parts = sorted(((size, part) for part, size in held.items()), reverse=True)[:3]
+                named = ", ".join(f"{part} {size / GIB:,.1f}" for size, part in parts)
+                got = f"rank {rank.rank} with {sum(held.values()) / GIB:,.1f} GiB of {name} memory, {named} the most"
+                remedy = "lower train.batch_size, take more ranks, or cut the rows of the largest tables"
+                raise Fault("plan", got=got, wanted=f"at most {limit / GIB:,.1f} GiB", remedy=remedy)
 
 
 def state_bytes(embedding: Embedding, *, rows: int, columns: int) -> int:
@@ -233,7 +237,9 @@ def too_large(
     largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
     uncut = [n for n in largest if sizes[n] > room and embedding.of(n).sharding in ("table_wise", "data_parallel")]
     remedies = [f"cut the rows of {', '.join(uncut)} (sharding 'row_wise')"] if uncut else []
-    if room:
+    if not room:
+        remedies.append("lower train.batch_size")
+    else:
         remedies.append(f"take {-(-int(total * 1.1) // room)} ranks or more")
     if cuda and total < hardware.ranks * hardware.ddr_bytes // hardware.ranks_per_host * (1 - HEADROOM):
         remedies.append("let tables spill into host memory (placement 'uvm_caching')")

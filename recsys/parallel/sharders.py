@@ -1,7 +1,7 @@
 """Which table goes where: TorchRec's planner on a topology, real or only described, within what the experiment asks."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import Stats
 from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
@@ -133,6 +134,7 @@ def planner_of(
     hardware: Hardware,
     batch_size: int,
     reserved_bytes: int = 0,
+    stats: Sequence[Stats] = (),
 ) -> EmbeddingShardingPlanner:
     """TorchRec's planner within the experiment's constraints; `batch_size` is that of a rank.
 
@@ -149,7 +151,7 @@ def planner_of(
         constraints=constraints,
         enumerator=_Enumerator(topology, batch_size=batch_size, constraints=constraints),
         storage_reservation=FixedPercentageStorageReservation(0.0),
-        stats=[],
+        stats=list(stats),
     )
 
 

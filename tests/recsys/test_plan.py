@@ -117,8 +117,13 @@ def test_a_plan_at_its_limit_fits_and_one_rank_less_does_not() -> None:
     large = sized(user=1_500_000_000)  # 740 GiB
     plan = make_plan(chosen, large, hardware=H100S)
     assert all(sum(rank.hbm.values()) <= plan.hbm_limit for rank in plan.ranks)
-    with pytest.raises(Fault, match="or more"):
+    with pytest.raises(Fault, match=r"take \d+ ranks or more"):
         make_plan(chosen, large, hardware=Hardware(10, 1, "cuda", 80 * GIB, 2048 * GIB))
+
+
+def test_a_batch_that_does_not_fit_is_told_apart_from_tables_that_do_not() -> None:
+    with pytest.raises(Fault, match=r"lower train\.batch_size"):
+        make_plan(experiment(train={"batch_size": 200_000_000}), SCHEMA, hardware=H100S)
 
 
 def test_the_planner_s_choice_does_not_depend_on_the_process(tmp_path: Path) -> None:
