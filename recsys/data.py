@@ -193,6 +193,8 @@ class Split:
         labels = np.empty((table.num_rows, len(schema.tasks)), np.float32)
         for at, name in enumerate(schema.task_names):
             labels[:, at] = _column(table, name, place=group.file, dtype=pa.float32())
+        self._check_finite(floats, schema.float_names, first=group.first)
+        self._check_finite(labels, schema.task_names, first=group.first)
         of_group = [_column(table, name, place=group.file, dtype=pa.int64())[:, None] for name in groups]
         groups_RG = np.concatenate([np.zeros((len(ids), 0), np.int64), *of_group], axis=1)
         return Rows(ids, floats, labels, groups_RG, np.arange(group.first, group.first + group.rows))
@@ -209,6 +211,12 @@ class Split:
             if task.given is not None:
                 weights[:, at] *= labels[:, self._schema.task_names.index(task.given)]
         return Batch(ids, floats, labels, groups, real, weights, count, numbers)
+
+    def _check_finite(self, values: npt.NDArray[np.float32], names: Sequence[str], *, first: int) -> None:
+        if not np.isfinite(values).all():
+            row, at = np.argwhere(~np.isfinite(values))[0]
+            got = f"{values[row, at]} in column '{names[at]}'"
+            raise Fault(self.place(first + int(row)), got=got, wanted="a finite number", remedy=_REMEDY)
 
     def place(self, number: int) -> str:
         """The file and the row in it, counted from 0, of a row of the split."""
