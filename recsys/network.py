@@ -10,7 +10,7 @@ from etl.artifact import seed_of
 from etl.schema import Schema
 from recsys.experiment import Embedding, Experiment
 from recsys.layout import LANE, Layout
-from recsys.models.head import Head, Inputs
+from recsys.models.head import Head
 from recsys.models.layers import init_head
 
 _CHUNK_ROWS = 65_536
@@ -37,7 +37,13 @@ class Network(nn.Module):
         self.register_buffer("columns", torch.tensor(layout.columns, dtype=torch.int64), persistent=False)
 
     def forward(self, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
-        inputs = self.inputs(ids_BS, floats_BN)
+        return self.scored(self._in_order(self.tables(self.lookups(ids_BS))), ids_BS=ids_BS, floats_BN=floats_BN)
+
+    def scored(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
+        """The dense part: from the rows that were looked up, slot after slot, to logits."""
+        layout, end = self.layout, self.layout.vectors * self.layout.width
+        rows_BSW = rows_BD[:, :end].view(len(ids_BS), layout.vectors, layout.width)
+        inputs = layout.inputs(rows_BSW, rows_BD[:, end::LANE], ids_BS=ids_BS, floats_BN=floats_BN)
         l2, linear_l2 = self._l2
         if l2 or linear_l2:
             penalty_B = self.head.activation_penalty_B(inputs, l2=l2, linear_l2=linear_l2)
@@ -45,12 +51,9 @@ class Network(nn.Module):
             penalty_B = floats_BN.new_zeros(len(floats_BN))
         return Scored(self.head(inputs), penalty_B)
 
-    def inputs(self, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
-        """What the head reads."""
-        rows_BD = self._in_order(self.tables(self.lookups(ids_BS)))
-        layout, end = self.layout, self.layout.vectors * self.layout.width
-        rows_BSW = rows_BD[:, :end].view(len(ids_BS), layout.vectors, layout.width)
-        return layout.inputs(rows_BSW, rows_BD[:, end::LANE], ids_BS=ids_BS, floats_BN=floats_BN)
+    def compile_dense(self) -> None:
+        """Fuses the dense part, forward and backward, by torch's inductor; batches have to be of one size."""
+        self.scored = torch.compile(self.scored, dynamic=False)  # type: ignore[method-assign]
 
     def lookups(self, ids_BS: Tensor) -> KeyedJaggedTensor:
         """One id or none for each slot and row, slot after slot: bags are pooled outside of the tables."""

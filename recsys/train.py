@@ -17,6 +17,7 @@ from recsys.checkpoint import Progress, best, latest, save_checkpoint
 from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment, Train
+from recsys.machine import check_compiler
 from recsys.metrics import Metrics
 from recsys.models.fnn import FNNConfig
 from recsys.models.head import Head
@@ -69,6 +70,9 @@ class Trainer:
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
         self.mine = Slice(world.rank, world.size, self.settings.batch_size)
         self.network = build_network(experiment, schema, table_device="meta")
+        if self.settings.compile == "inductor":
+            check_compiler(self.settings)
+            self.network.compile_dense()
         self.sharded = shard(self.network, experiment.embedding, world=world, seed=experiment.seed)
         self.model = self.sharded.model
         self.optimizer = dense_optimizer(self.model, self.settings, linear=experiment.embedding.linear)

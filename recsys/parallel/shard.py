@@ -78,9 +78,10 @@ def shard(network: Network, embedding: Embedding, *, world: World, seed: int) ->
     kind = "adagrad" if own else embedding.optimizer  # one state a weight, for whatever optimizer moves it
     apply_optimizer_in_backward(_OPTIMIZERS[kind], tables.parameters(), settings)
     sharder = _Sharder()
+    sharding = embedding.sharding if world.size > 1 else "table_wise"  # a lone rank has nothing to send
     constraints = {
         config.name: ParameterConstraints(
-            sharding_types=_SHARDINGS[embedding.sharding], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
+            sharding_types=_SHARDINGS[sharding], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
         )
         for config in tables.embedding_bag_configs()
     }
@@ -92,7 +93,9 @@ def shard(network: Network, embedding: Embedding, *, world: World, seed: int) ->
     plan = planner.collective_plan(network, [sharder], dist.GroupMember.WORLD)
     network.head.to(world.device)
     network.columns = network.columns.to(world.device)
-    model = DistributedModelParallel(network, device=world.device, plan=plan, sharders=[sharder])
+    model = DistributedModelParallel(
+        network, device=world.device, plan=plan, sharders=[sharder], init_data_parallel=world.size > 1
+    )
     _fill(model, network, std=embedding.init_std, seed=seed)
     fused = list(_fused_modules(model))
     if not own:
