@@ -57,10 +57,10 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         )
         schema.write(folder)
         transform, stats = Transform.load(folder / "transform"), {}
-        for split, rows in typed.items():
+        for split, part in typed.items():
             (folder / split).mkdir()
-            counted = _encode(spec, rows, transform=transform, schema=schema, folder=folder / split, report=report)
-            stats[split] = counted | {"label_rate": rows.labels.rates, "label_parts": rows.labels.parts}
+            counted = _encode(spec, part, transform=transform, schema=schema, folder=folder / split, report=report)
+            stats[split] = counted | {"label_rate": part.labels.rates, "label_parts": part.labels.parts}
         shutil.rmtree(raw)
         manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
         manifest |= record(spec, parent, tables=tables)
