@@ -33,8 +33,8 @@ def pack(table: pa.Table, signature: Signature) -> Packed:
     """Raw rows to a packed request.
 
     Raises:
-        ValueError: an unknown or absent column, a value of the wrong type, NaN or infinity, a list that is too long;
-            names the column.
+        ValueError: an unknown or absent column, a value of the wrong type, infinity, NaN within a list, a list that
+            is too long; names the column.
     """
     if faults := _column_faults(table.column_names, signature.columns):
         raise ValueError("; ".join(faults))
@@ -70,6 +70,13 @@ def encode(raw: pa.Table, transform: Transform, *, place: str) -> Encoded:
     return encoded
 
 
+def _without_nan(array: pa.Array) -> pa.Array:
+    """NaN is missing, as in the files that training reads."""
+    if not pa.types.is_floating(array.type):
+        return array
+    return pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+
+
 def _as_numbers(array: pa.Array) -> pa.Array:
     """A column of whole numbers that is also a number feature's."""
     return array.cast(pa.float64(), safe=False) if pa.types.is_integer(array.type) else array
@@ -78,7 +85,8 @@ def _as_numbers(array: pa.Array) -> pa.Array:
 def _packed(array: pa.Array, *, name: str, signature: Signature) -> npt.NDArray[Any]:
     """[B, 1], or [B, slots] of a list column, filled at the end."""
     if name not in signature.slots:
-        return _flat(array, name=name)[:, None]
+        single = _flat(_without_nan(array), name=name)
+        return single[:, None]
     return _padded(array, name=name, slots=signature.slots[name], newest=name in signature.newest)
 
 
