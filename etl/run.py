@@ -43,10 +43,10 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     with new_folder(out, marker="manifest.json") as folder:
         (raw := folder / "raw").mkdir()
         typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
-        rows = typed["train"].labels.rows
-        report("fit train", 0, total=rows)
+        training = typed["train"].labels.rows
+        report("fit train", 0, total=training)
         state, features, tables = _fit(spec, typed["train"], folder=folder, parent=parent)
-        report("fit train", rows, total=rows)
+        report("fit train", training, total=training)
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),
