@@ -8,11 +8,12 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from deploy.bundle import MARKER, MODEL, Bundle, read_bundle
+from deploy.bundle import MARKER, MODEL, Bundle, Signature, read_bundle
 from etl.artifact import new_folder, sha256, write_text
 from etl.faults import Fault
 
-_SERVED = ("program.pt2", "weights.safetensors", "schema.json", "transform", "transform.py", "ranker.py", "model.py")
+_CODE = ("transform.py", "served_program.py", "ranker.py", "ranking.py", "monitor.py", "exporter.py", "model.py")
+_SERVED = ("program.pt2", "weights.safetensors", "schema.json", "reference.json", "transform", *_CODE)
 _MARK = "repository.json"
 
 
@@ -40,29 +41,56 @@ def make_repository(bundle_dir: Path, out: Path, *, instances: int | None = None
 def model_config(bundle: Bundle, *, bundle_hash: str, instances: int) -> pb.ModelConfig:
     """The served model as Triton is told about it."""
     signature = bundle.signature
-    inputs = [
-        ("keys", pb.TYPE_INT64, signature.width(signature.keys)),
-        ("numbers", pb.TYPE_FP64, signature.width(signature.numbers)),
-    ]
-    outputs = [
-        ("score", pb.TYPE_FP32, len(bundle.tasks)),
-        ("ids", pb.TYPE_INT64, len(bundle.ids)),
-        ("floats", pb.TYPE_FP32, len(bundle.floats)),
-    ]
     described = signature.model_dump(mode="json") | {"tasks": bundle.tasks, "max_rows": bundle.serve.max_batch_size}
+    outputs = {"score": len(bundle.tasks), "ids": len(bundle.ids), "floats": len(bundle.floats)}
+    inputs = _inputs("", signature)
+    rows = [_output(name, size) for name, size in outputs.items() if size]
+    if bundle.serve.user:
+        user = signature.part(bundle.serve.user)
+        items = signature.part(set(signature.columns) - set(bundle.serve.user))
+        described["ranking"] = {
+            "user": user.model_dump(mode="json"),
+            "items": items.model_dump(mode="json"),
+            "max_candidates": bundle.serve.max_candidates,
+        }
+        inputs += [*_inputs("user_", user), *_inputs("item_", items, ragged=True)]
+        rows += [_output(f"rank_{name}", size, ragged=True) for name, size in outputs.items() if size]
+        for each in inputs:  # a request has those of its kind
+            each.optional = True
     return pb.ModelConfig(
         name=MODEL,
         backend="python",
         max_batch_size=bundle.serve.max_batch_size,
-        input=[pb.ModelInput(name=name, data_type=kind, dims=[size]) for name, kind, size in inputs if size],
-        output=[pb.ModelOutput(name=name, data_type=kind, dims=[size]) for name, kind, size in outputs if size],
+        input=inputs,
+        output=rows,
         instance_group=[pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)],
         dynamic_batching=pb.ModelDynamicBatching(),  # any queue policy makes the batcher wait for up to 500 ms
         parameters={
             "signature": pb.ModelParameter(string_value=json.dumps(described)),
             "bundle": pb.ModelParameter(string_value=bundle_hash),
+            "psi_alarm": pb.ModelParameter(string_value=str(bundle.serve.psi_alarm)),
         },
     )
+
+
+def _inputs(prefix: str, signature: Signature, *, ragged: bool = False) -> list[pb.ModelInput]:
+    """The packed columns of a signature, of one width each; `ragged`: as many rows as each request likes."""
+    widths = {
+        "keys": (pb.TYPE_INT64, signature.width(signature.keys)),
+        "numbers": (pb.TYPE_FP64, signature.width(signature.numbers)),
+    }
+    return [
+        pb.ModelInput(
+            name=f"{prefix}{name}", data_type=kind, dims=[-1, size] if ragged else [size], allow_ragged_batch=ragged
+        )
+        for name, (kind, size) in widths.items()
+        if size
+    ]
+
+
+def _output(name: str, size: int, *, ragged: bool = False) -> pb.ModelOutput:
+    kind = pb.TYPE_INT64 if name.endswith("ids") else pb.TYPE_FP32
+    return pb.ModelOutput(name=name, data_type=kind, dims=[-1, size] if ragged else [size])
 
 
 def config_text(config: pb.ModelConfig) -> str:

@@ -7,7 +7,20 @@ from pydantic import Field, model_validator
 
 from etl.artifact import read_json
 from etl.experiment_file import parse
-from etl.spec import Count, FeatureSpec, Name, Numeric, Section, Sequence, Target, resolve
+from etl.spec import (
+    Bag,
+    ColumnNames,
+    Count,
+    FeatureSpec,
+    Name,
+    Numeric,
+    Section,
+    Sequence,
+    Target,
+    column_of,
+    expanded,
+    resolve,
+)
 from recsys.models import AnyModel
 from recsys.models.head import Sizes
 from recsys.optim import Name as OptimizerName
@@ -99,6 +112,11 @@ class Serve(Section):
     grpc_port: int | None = Field(None, ge=1, le=65535, description="a free one unless set")
     http_port: int | None = Field(None, ge=1, le=65535, description="a free one unless set")
     metrics_port: int | None = Field(None, ge=1, le=65535, description="a free one unless set")
+    user: list[ColumnNames] = Field(
+        [], description="raw columns or ranges (U1..U9) that a ranking request sends once for all its candidates"
+    )
+    max_candidates: int = Field(1024, ge=1, description="of one ranking request")
+    psi_alarm: float = Field(0.2, gt=0, description="drift of scores and values that raises the alarm, as a PSI")
 
 
 class Experiment(FeatureSpec):
@@ -132,6 +150,22 @@ class Experiment(FeatureSpec):
         embedding, device = self.embedding, self.train.device
         if faults := placement_faults(embedding, tables, device=device, rowwise=embedding.rowwise):
             raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
+    def _user_columns_are_there(self) -> "Experiment":
+        columns, user = self.raw_columns(), set(expanded(self.serve.user))
+        if unknown := sorted(user - set(columns)):
+            raise ValueError(f"serve.user: no feature reads '{unknown[0]}', the columns are {', '.join(columns)}")
+        if user and not set(columns) - user:
+            raise ValueError("serve.user names every column: candidates need one of their own")
+        for feature in resolve(self.features):
+            if isinstance(feature, Bag) and feature.weight_column:
+                pair = {column_of(feature), feature.weight_column}
+                if len(pair & user) == 1:
+                    raise ValueError(
+                        f"serve.user: name both {' and '.join(sorted(pair))}, or neither: they go together"
+                    )
         return self
 
     def as_json(self) -> Any:

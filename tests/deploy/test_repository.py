@@ -18,11 +18,20 @@ def test_the_config_says_what_the_bundle_says(bundle: Path, tmp_path: Path) -> N
     text = (tmp_path / "repository" / MODEL / "config.pbtxt").read_text()
     config = text_format.Parse(text, pb.ModelConfig())
     assert config == model_config(made, bundle_hash=config.parameters["bundle"].string_value, instances=3)
-    assert [(each.name, each.data_type, list(each.dims)) for each in config.input] == [
-        ("keys", pb.TYPE_INT64, [3]),
-        ("numbers", pb.TYPE_FP64, [2]),
+    assert [(each.name, each.data_type, list(each.dims), each.allow_ragged_batch) for each in config.input] == [
+        ("keys", pb.TYPE_INT64, [3], False),
+        ("numbers", pb.TYPE_FP64, [2], False),
+        ("user_keys", pb.TYPE_INT64, [1], False),
+        ("user_numbers", pb.TYPE_FP64, [1], False),
+        ("item_keys", pb.TYPE_INT64, [-1, 2], True),
+        ("item_numbers", pb.TYPE_FP64, [-1, 1], True),
     ]
-    assert [(each.name, list(each.dims)) for each in config.output] == [("score", [2]), ("ids", [5]), ("floats", [2])]
+    assert all(each.optional for each in config.input), "a request has the inputs of its kind"
+    widths = {"score": 2, "ids": 5, "floats": 2}
+    assert {each.name: list(each.dims) for each in config.output} == {
+        **{name: [width] for name, width in widths.items()},
+        **{f"rank_{name}": [-1, width] for name, width in widths.items()},
+    }
     assert config.max_batch_size == 32
     assert config.HasField("dynamic_batching")
     assert not config.dynamic_batching.ListFields(), "a queue policy costs up to 500 ms a batch"
@@ -30,15 +39,23 @@ def test_the_config_says_what_the_bundle_says(bundle: Path, tmp_path: Path) -> N
     signature = json.loads(config.parameters["signature"].string_value)
     assert Signature.from_json(signature).keys == ("site", "city", "item")
     assert (signature["tasks"], signature["max_rows"]) == (["click", "buy"], 32)
+    assert (signature["ranking"]["user"]["keys"], signature["ranking"]["items"]["keys"]) == (["site"], ["city", "item"])
+    assert signature["ranking"]["max_candidates"] == 100
+    assert float(config.parameters["psi_alarm"].string_value) == 0.2
 
 
 def test_inputs_and_outputs_without_columns_are_left_out(bundle: Path) -> None:
     made = read_bundle(bundle)
     bare = made.model_copy(
-        update={"floats": (), "signature": made.signature.model_copy(update={"numbers": ()}), "tasks": ("a",)}
+        update={
+            "floats": (),
+            "signature": made.signature.model_copy(update={"numbers": ()}),
+            "tasks": ("a",),
+            "serve": made.serve.model_copy(update={"user": ()}),
+        }
     )
     config = model_config(bare, bundle_hash="x", instances=1)
-    assert [each.name for each in config.input] == ["keys"]
+    assert [(each.name, each.optional) for each in config.input] == [("keys", False)]
     assert [each.name for each in config.output] == ["score", "ids"]
     assert text_format.Parse(config_text(config), pb.ModelConfig()) == config
 
