@@ -177,7 +177,6 @@ def fill(network: Network, experiment: Experiment) -> None:
 
 
 def embedding_of(optimizer: str, sharding: str, *, rows: dict[str, int], dim: int) -> dict[str, Any]:
-    """Small steps of tables around 0.1, so that losses move."""
     tables = {name: {"sharding": MIXED[at % len(MIXED)]} for at, name in enumerate(rows)}
     chosen = {"tables": tables} if sharding == "mixed" else {"sharding": sharding}
     return {"dim": dim, "init_std": 0.1, "optimizer": optimizer} | OPTIMIZERS[optimizer] | chosen
