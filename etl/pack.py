@@ -49,14 +49,25 @@ def pack(table: pa.Table, signature: Signature) -> Packed:
 
 
 def encode(raw: pa.Table, transform: Transform, *, place: str) -> Encoded:
-    """Packs and transforms raw rows. Raises Fault, with `place`, where a value can't be packed."""
+    """Packs and transforms raw rows.
+
+    Raises:
+        Fault: with `place`, where a value can't be packed, or where float32 can't hold what becomes of it.
+    """
     try:
         packed = pack(raw, transform.signature)
         transform.check(packed)
     except ValueError as error:
         wanted = f"the columns {', '.join(f'{name} ({dtype})' for name, dtype in transform.signature.columns.items())}"
         raise Fault(place, got=str(error), wanted=wanted, remedy="mend the rows or the feature") from None
-    return transform.apply(packed)
+    with np.errstate(over="ignore"):  # it becomes infinity
+        encoded = transform.apply(packed)
+    finite = np.isfinite(encoded.floats)
+    if not finite.all():
+        row, at = np.argwhere(~finite)[0]
+        got = f"feature '{transform.float_names[at]}' leaves the range of float32 at row {row}"
+        raise Fault(place, got=got, wanted="finite inputs", remedy="mend the row, or set 'clip' or 'log1p'")
+    return encoded
 
 
 def _without_nan(array: pa.Array) -> pa.Array:

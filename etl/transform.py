@@ -201,6 +201,13 @@ class Transform:
         encodings = {n: encoding(folder / "encoding" / f"{n}.parquet", other=other) for n, other in others.items()}
         return cls(state, vocabularies, encodings=encodings)
 
+    @property
+    def float_names(self) -> list[str]:
+        """The feature behind each column of `Encoded.floats`."""
+        valued = [step for step in self.features if step["kind"] == "field" or step.get("weights")]
+        slots = [step["name"] for step in valued for _ in range(self.signature.slots.get(step["column"], 1))]
+        return [step["name"] for step in self.dense] + slots
+
     def apply(self, packed: Packed) -> Encoded:
         """Packed rows [B, ...] that passed `check` to ids [B, S] and floats [B, N]; never fails."""
         keys: dict[str, Int64s] = {}

@@ -25,6 +25,7 @@ from recsys.models import AnyModel
 from recsys.models.head import Sizes
 from recsys.optim import Name as OptimizerName
 from recsys.optim import OptimizerSettings
+from recsys.placement import Placement, placement_faults
 
 
 class EarlyStop(Section):
@@ -64,7 +65,7 @@ class Train(OptimizerSettings):
     log_every_steps: int = Field(50, ge=1)
 
 
-class Embedding(OptimizerSettings):
+class Embedding(OptimizerSettings, Placement):
     """The tables: their size, their start, their optimizer (in the backward pass) and their sharding."""
 
     optimizer: OptimizerName = "rowwise_adagrad"
@@ -84,7 +85,11 @@ class Embedding(OptimizerSettings):
         description="batch: rows that the step touched, once each; table: every row, each step; activations: pooled "
         "vectors of each row of the batch, summed, as in the code of FM, FNN and PNN",
     )
-    sharding: Literal["auto", "table_wise", "row_wise"] = Field("auto", description="auto: the planner chooses a table")
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether some columns of a row share one state."""
+        return "rowwise_adagrad" in (self.optimizer, self.linear.optimizer if self.linear else "")
 
     @property
     def first_order_l2(self) -> float:
@@ -141,6 +146,10 @@ class Experiment(FeatureSpec):
         )
         if faults := self.model.faults(sizes):
             raise ValueError(f"model '{self.model.kind}': {'; '.join(faults)}")
+        tables = dict.fromkeys(str(getattr(f, "table", None) or f.name) for f in ids)
+        embedding, device = self.embedding, self.train.device
+        if faults := placement_faults(embedding, tables, device=device, rowwise=embedding.rowwise):
+            raise ValueError("; ".join(faults))
         return self
 
     @model_validator(mode="after")
