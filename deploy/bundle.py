@@ -45,6 +45,8 @@ class ServeDefaults(_Record):
     """The experiment's [serve]; a port that is None is any free one."""
 
     instances: int = Field(ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    gpus: tuple[int, ...] = (0,)
     max_batch_size: int = Field(ge=1)
     grpc_port: int | None
     http_port: int | None

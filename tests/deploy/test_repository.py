@@ -8,7 +8,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from deploy.bundle import MODEL, read_bundle
-from deploy.repository import config_text, make_repository, model_config
+from deploy.repository import Repository, config_text, locked, make_repository, model_config
 from etl.faults import Fault, Faults
 from etl.transform import Signature
 
@@ -17,7 +17,7 @@ def test_the_config_says_what_the_bundle_says(bundle: Path, tmp_path: Path) -> N
     made = make_repository(bundle, tmp_path / "repository", instances=3)
     text = (tmp_path / "repository" / MODEL / "config.pbtxt").read_text()
     config = text_format.Parse(text, pb.ModelConfig())
-    assert config == model_config(made, bundle_hash=config.parameters["bundle"].string_value, instances=3)
+    assert config == model_config(made, bundle_hash=config.parameters["bundle"].string_value, instances=3, version=1)
     assert [(each.name, each.data_type, list(each.dims), each.allow_ragged_batch) for each in config.input] == [
         ("keys", pb.TYPE_INT64, [3], False),
         ("numbers", pb.TYPE_FP64, [2], False),
@@ -54,7 +54,7 @@ def test_inputs_and_outputs_without_columns_are_left_out(bundle: Path) -> None:
             "serve": made.serve.model_copy(update={"user": ()}),
         }
     )
-    config = model_config(bare, bundle_hash="x", instances=1)
+    config = model_config(bare, bundle_hash="x", instances=1, version=1)
     assert [(each.name, each.optional) for each in config.input] == [("keys", False)]
     assert [each.name for each in config.output] == ["score", "ids"]
     assert text_format.Parse(config_text(config), pb.ModelConfig()) == config
@@ -82,3 +82,59 @@ def test_a_broken_manifest_is_a_fault(bundle: Path, text: str) -> None:
     (bundle / "bundle.json").write_text(text)
     with pytest.raises(Fault, match=r"bundle\.json"):
         read_bundle(bundle)
+
+
+def test_the_same_bundle_stays_the_version_it_is_and_another_becomes_the_next(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    for _ in range(2):
+        make_repository(bundle, folder, instances=2)
+    repository = Repository(folder)
+    assert (repository.current(), repository.versions()) == (1, [1])
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps(manifest | {"name": "another"}))
+    make_repository(bundle, folder)
+    assert (repository.current(), repository.versions()) == (2, [1, 2])
+    config = repository.config()
+    assert config is not None
+    assert config.instance_group[0].count == 1
+    assert read_bundle(repository.version(1)).name == "tiny"
+    assert read_bundle(repository.version(2)).name == "another"
+
+
+def test_what_a_killed_publisher_left_is_neither_served_nor_kept(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    make_repository(bundle, folder)
+    with locked(folder) as repository, repository.candidate(bundle, read_bundle(bundle)) as number:
+        assert number == 2
+        repository.adopt(number)
+    assert (repository.current(), repository.versions()) == (1, [1, 2])
+    assert not (folder / "ranker-candidate").exists()
+    repository.prune(keep=3)
+    assert repository.versions() == [1]
+
+
+def test_the_newest_versions_are_kept(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    for name in "abcd":
+        (bundle / "bundle.json").write_text(json.dumps(manifest | {"name": name}))
+        make_repository(bundle, folder)
+    with locked(folder) as repository:
+        repository.prune(keep=2)
+        assert repository.versions() == [3, 4]
+        repository.serve(3)
+        repository.prune(keep=2)
+        assert repository.versions() == [3]
+
+
+def test_one_writer_at_a_time(bundle: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "repository"), pytest.raises(Fault, match="another publisher"):
+        make_repository(bundle, tmp_path / "repository")
+
+
+def test_a_bundle_for_gpus_gets_instances_on_each_of_them(bundle: Path) -> None:
+    made = read_bundle(bundle)
+    serve = made.serve.model_copy(update={"device": "cuda", "gpus": (0, 2)})
+    config = model_config(made.model_copy(update={"serve": serve}), bundle_hash="x", instances=1, version=1)
+    (group,) = text_format.Parse(config_text(config), pb.ModelConfig()).instance_group
+    assert (group.kind, group.count, list(group.gpus)) == (pb.ModelInstanceGroup.KIND_GPU, 1, [0, 2])
