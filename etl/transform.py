@@ -261,15 +261,12 @@ class Transform:
     def check(self, packed: Packed) -> None:
         """Raises ValueError naming the column: NaN or infinity, or an id without a weight or a weight without an id."""
         check_numbers(packed.numbers, self.signature.packed_names(self.signature.numbers))
-        for step in self.features:
-            if not step.get("weights"):
-                continue
+        for step in [step for step in self.features if step.get("weights")]:
             absent = packed.numbers[:, self._number_places[step["weights"]]] == MISSING_NUMBER
             odd = absent != (packed.keys[:, self._key_places[step["column"]]] == NO_KEY)
             if odd.any():
-                row = int(np.argwhere(odd)[0][0])
-                columns = f"columns '{step['column']}' and '{step['weights']}'"
-                raise ValueError(f"{columns} have lists of different lengths, or a null weight, at row {row}")
+                what = f"columns '{step['column']}' and '{step['weights']}' have lists of different lengths"
+                raise ValueError(f"{what}, or a null weight, at row {np.argwhere(odd)[0][0]}")
 
 
 def bucket_keys(numbers: Float64s, boundaries: Sequence[float]) -> Int64s:
