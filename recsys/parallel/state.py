@@ -80,19 +80,23 @@ def _in_host_memory(value: Tensor) -> Tensor:
 def _state(sharded: Sharded, optimizer: Optimizer) -> dict[str, Any]:
     """Tensors alone: a checkpoint then needs no unpickling but of its index."""
     dense: Mapping[int, Mapping[str, Tensor]] = optimizer.state_dict()["state"]
-    tables = sharded.model.fused_optimizer.state_dict()["state"]
+    tables = {name: dict(states) for name, states in sharded.model.fused_optimizer.state_dict()["state"].items()}
+    second = _second_states(tables, sharded.rows) if sharded.rows else {}
+    for table, first in sharded.replicated_states(0).items():
+        tables[f"tables.embedding_bags.{table}.weight"] = {f"{table}.momentum1": first}
+    second |= {f"{table}.momentum1": state for table, state in sharded.replicated_states(1).items()}
     parts: dict[str, dict[str, Any]] = {
         "model": sharded.model.state_dict(),
         "tables": tables,
-        "second": _second_states(tables, sharded.rows) if sharded.rows else {},
+        "second": second,
         "dense": {str(at): dict(state) for at, state in dense.items()},
     }
     return {name: part for name, part in parts.items() if part}  # an empty one, of a rank without tables, is a key too
 
 
-def _second_states(tables: Mapping[str, Mapping[str, Any]], rows: RowOptimizer) -> dict[str, ShardedTensor]:
+def _second_states(tables: Mapping[str, Mapping[str, Any]], rows: RowOptimizer) -> dict[str, Any]:
     """The states that FBGEMM has no place for, sharded as those that it has: found by the memory they lie beside."""
-    second: dict[str, ShardedTensor] = {}
+    second: dict[str, Any] = {}
     for states in tables.values():
         for name, first in states.items():
             if isinstance(first, ShardedTensor) and all(group.second_RW is not None for group in rows.groups):
