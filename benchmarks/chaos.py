@@ -119,9 +119,7 @@ def chaos(place: Place, arguments: argparse.Namespace) -> dict[str, int]:
     draw, identical, hangs = random.Random(arguments.seed), 0, 0
     for at in range(arguments.kills):
         name, victim, moment = f"killed-{at}", draw.randrange(RANKS), draw.random() * length
-        hung, reached = kill_and_continue(
-            context, place, name, victim=victim, moment=moment, patience=arguments.patience
-        )
+        hung, reached = kill_and_continue(place, name, victim=victim, moment=moment, patience=arguments.patience)
         same = not hung and outcome(place, name) == wanted
         hangs, identical = hangs + hung, identical + same
         print(f"{at + 1:3}: rank {victim} killed after {moment:5.2f} s, {reached}: {'identical' if same else 'OTHER'}")
