@@ -48,6 +48,9 @@ class Train(OptimizerSettings):
 
     optimizer: Literal["adam", "adagrad", "sgd", "momentum", "ftrl"] = "adam"
     batch_size: int = Field(512, ge=1, description="rows of one step on one rank")
+    accumulate: int = Field(
+        1, ge=1, description="a step of so many batches: the head takes one after the other, tables see them as one"
+    )
     epochs: int = Field(10, ge=1, description="passes over the training rows, unless stopped early")
     weight_decay: float = Field(0.0, ge=0, description="decoupled: weights shrink by learning_rate x this each step")
     layer_l2: float | list[float] = Field(
@@ -63,6 +66,7 @@ class Train(OptimizerSettings):
     checkpoint_every_steps: int | None = Field(None, ge=1, description="save also between evaluations")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, the best one always is")
     log_every_steps: int = Field(50, ge=1)
+    dead_after_s: float = Field(60.0, ge=2, description="a rank that is silent for so long is given up; the others end")
 
 
 class Embedding(OptimizerSettings, Placement):

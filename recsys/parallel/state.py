@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.optim import Optimizer
@@ -13,10 +17,24 @@ from torchrec.distributed.types import Shard, ShardedTensor
 from recsys.parallel.rows import RowOptimizer
 from recsys.parallel.shard import Sharded
 
+State = Mapping[str, Any]
+"""Tensors in nested dicts."""
+
+
+def snapshot(sharded: Sharded, *, optimizer: Optimizer) -> State:
+    """This rank's share of weights and optimizer states as they are now, copied into host memory."""
+    copied: State = _copied(_state(sharded, optimizer))
+    return copied
+
+
+def write(folder: Path, state: State, *, group: ProcessGroup | None = None) -> None:
+    """Every rank writes its share into one folder; they talk over `group`."""
+    save_state(dict(state), checkpoint_id=folder, process_group=group)
+
 
 def save(folder: Path, sharded: Sharded, *, optimizer: Optimizer) -> None:
     """Every rank writes its shards of weights and optimizer states into one folder."""
-    save_state(_state(sharded, optimizer), checkpoint_id=folder)
+    write(folder, _state(sharded, optimizer))
 
 
 def restore(folder: Path, sharded: Sharded, *, optimizer: Optimizer) -> None:
@@ -32,6 +50,31 @@ def restore_unsharded(folder: Path, network: nn.Module) -> None:
 def restore_weights(folder: Path, sharded: Sharded) -> None:
     """Loads the weights alone, into however many ranks there are."""
     load_state({"model": sharded.model.state_dict()}, checkpoint_id=folder)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its name, whole, without a process group."""
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in sorted(saved.items())
+        if isinstance(about, TensorStorageMetadata)
+    }
+    load_state(dict(found), checkpoint_id=folder, no_dist=True)
+    return found
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _copied(part) for name, part in value.items()}
+    if isinstance(value, ShardedTensor):
+        shards = [Shard(_in_host_memory(shard.tensor), shard.metadata) for shard in value.local_shards()]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, value.metadata())
+    return _in_host_memory(value)
+
+
+def _in_host_memory(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
 
 
 def _state(sharded: Sharded, optimizer: Optimizer) -> dict[str, Any]:
