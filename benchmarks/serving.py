@@ -56,9 +56,9 @@ name = "serving"
 seed = 1
 [data]
 format = "parquet"
-train = ["raw/day_0.parquet"]
-valid = ["raw/day_1.parquet"]
-test = ["raw/day_2.parquet"]
+train = ["{folder}/raw/day_0.parquet"]
+valid = ["{folder}/raw/day_1.parquet"]
+test = ["{folder}/raw/day_2.parquet"]
 [[tasks]]
 name = "label"
 [[features]]
@@ -130,7 +130,9 @@ def make_bundle(folder: Path, *, table_rows: int, dense: str) -> Path:
     bundle = folder / f"bundle-{dense}"
     if table_rows:
         ids, numbers = [f"C{at}" for at in range(1, 27)], [f"I{at}" for at in range(1, 14)]
-        text = EXPERIMENT.format(ids=json.dumps(ids), numbers=json.dumps(numbers), hash_rows=table_rows // 26)
+        text = EXPERIMENT.format(
+            folder=folder, ids=json.dumps(ids), numbers=json.dumps(numbers), hash_rows=table_rows // 26
+        )
         (folder / "serving.toml").write_text(text, encoding="utf-8")
         command(folder, "etl", "synth", "raw", "--rows", "24000", "--days", "3", "--seed", "1", "--format", "parquet")
         command(folder, "etl", "run", "serving.toml", "--out", "data")
