@@ -120,7 +120,7 @@ def main() -> None:
         folder = Path(scratch)
         bundle = make_bundle(folder, table_rows=26_000 if options.quick else 3_000_000, dense="fp32")
         half = make_bundle(folder, table_rows=0, dense="bf16") if has_bfloat16() else None
-        figures = compare(folder, bundle, half, rounds=rounds, seconds=seconds)
+        figures = compare(folder, bundle, half=half, rounds=rounds, seconds=seconds)
         figures |= recovery(folder, bundle)
     print(json.dumps(figures))
 
@@ -157,7 +157,7 @@ def has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def compare(folder: Path, bundle: Path, half: Path | None, *, rounds: int, seconds: float) -> dict[str, float | None]:
+def compare(folder: Path, bundle: Path, *, half: Path | None, rounds: int, seconds: float) -> dict[str, float | None]:
     """Ratios of medians over the rounds."""
     packed = packed_rows(bundle, read_bundle(bundle))
     whole, program = in_process(bundle, packed, rows=512)
