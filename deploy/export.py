@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 import etl.transform
-from deploy import ranker, triton_model_file
+from deploy import ranker, served_program, triton_model_file
 from deploy.bundle import MARKER, Bundle, ServeDefaults, Signature, file_hashes
 from deploy.offline import Scores, offline_scores
 from deploy.program import Lookup, ServedNetwork, save_program
@@ -95,8 +95,9 @@ def _copy_parts(run: Path, folder: Path) -> None:
     for name in ("schema.json", "experiment.json"):
         shutil.copyfile(run / name, folder / name)
     shutil.copytree(run / "transform", folder / "transform")
-    shutil.copyfile(str(etl.transform.__file__), folder / "transform.py")
-    shutil.copyfile(str(ranker.__file__), folder / "ranker.py")
+    for module in (etl.transform, ranker, served_program):
+        path = Path(str(module.__file__))
+        shutil.copyfile(path, folder / path.name)
     shutil.copyfile(triton_model_file(), folder / "model.py")
 
 
@@ -114,7 +115,7 @@ def _check(
 ) -> None:
     """Scores the golden rows with the files that were just written."""
     packed = pack(rows, transform.signature)
-    served = ranker.Ranker(folder, etl.transform)
+    served = ranker.Ranker(folder, etl.transform, program=served_program.load_program(folder))
     for at in range(0, len(packed.keys), max_rows):
         part = slice(at, at + max_rows)
         scored = served.score([ranker.Request(packed.keys[part], packed.numbers[part])])[0]

@@ -1,12 +1,11 @@
 """Scores batches of packed requests, each request a success or a fault of its own.
 
 The same file runs in `export`, where it is checked against the trained network, and, copied into a bundle, inside the
-model server, so it imports nothing of ours; the bundle's transform comes as an argument.
+model server, so it imports nothing of ours; the bundle's transform and program come as arguments.
 """
 
 import json
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
 
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
@@ -39,9 +37,13 @@ class Scored:
 
 
 class Ranker:
-    """One bundle's transform, program and weights. `transform` is the bundle's own transform.py as a module."""
+    """One bundle's transform and program. `transform` is the bundle's own transform.py as a module, `program` what
+    `load_program` of its served_program.py returns.
+    """
 
-    def __init__(self, folder: Path, transform: Any) -> None:
+    def __init__(
+        self, folder: Path, transform: Any, *, program: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> None:
         schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
         rows = {table["name"]: table["rows"] for table in schema["tables"]}
         slots = [feature for feature in schema["features"] for _ in range(feature["slots"])]
@@ -56,7 +58,7 @@ class Ranker:
         signature = self._transform.signature
         self._keys = len(signature.packed_names(signature.keys))
         self._numbers = len(signature.packed_names(signature.numbers))
-        self._forward = load_program(folder)
+        self._forward = program
 
     def score(self, requests: Sequence[Request]) -> list[Scored | ValueError]:
         """One forward over all rows of the requests that are sound; a ValueError, in its place, for each other."""
@@ -129,36 +131,6 @@ def out_of_range(ids_BS: Int64s, rows_S: Int64s, *, lowest_S: Int64s) -> tuple[i
         return None
     row, at = np.argwhere(outside)[0]
     return int(row), int(at)
-
-
-def load_weights(path: Path) -> Mapping[str, torch.Tensor]:
-    """Tensors that lie in the mapped file: all processes that read it share one copy in the page cache."""
-    with safe_open(str(path), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in sorted(file.keys())}
-
-
-def load_program(folder: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The program with its weights bound: (ids [B, S], floats [B, N]) -> probabilities [B, T].
-
-    The graph is called as it is: the wrapper that torch.export puts around it costs five times the small network.
-    """
-    weights = load_weights(folder / "weights.safetensors").values()
-    _refuse_pickles(folder / "program.pt2")
-    graph = torch.export.load(folder / "program.pt2").graph_module
-
-    def forward(ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
-        (score_BT,) = graph(*weights, ids_BS, floats_BN)
-        return torch.as_tensor(score_BT)
-
-    return forward
-
-
-def _refuse_pickles(program: Path) -> None:
-    """torch.export.load unpickles weights and constants that an archive holds; ours holds code alone."""
-    with zipfile.ZipFile(program) as archive:
-        data = [entry for entry in archive.infolist() if "/data/" in entry.filename and entry.file_size]
-    if foreign := [entry.filename for entry in data if not entry.filename.endswith("_config.json")]:
-        raise ValueError(f"{program} holds {', '.join(foreign)}, wanted code alone")
 
 
 def _pieces(counts: Sequence[int]) -> list[slice]:

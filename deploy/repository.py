@@ -12,7 +12,8 @@ from deploy.bundle import MARKER, MODEL, Bundle, read_bundle
 from etl.artifact import new_folder, sha256, write_text
 from etl.faults import Fault
 
-_SERVED = ("program.pt2", "weights.safetensors", "schema.json", "transform", "transform.py", "ranker.py", "model.py")
+_CODE = ("transform.py", "served_program.py", "ranker.py", "model.py")
+_SERVED = ("program.pt2", "weights.safetensors", "schema.json", "transform", *_CODE)
 _MARK = "repository.json"
 
 

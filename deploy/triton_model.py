@@ -23,7 +23,8 @@ class TritonPythonModel:
         _check_arrays()
         folder = Path(__file__).parent
         self._beside = _load(folder, "ranker")
-        self._ranker = self._beside.Ranker(folder, _load(folder, "transform"))
+        program = _load(folder, "served_program").load_program(folder)
+        self._ranker = self._beside.Ranker(folder, _load(folder, "transform"), program=program)
         for rows in _WARM_UP_ROWS * 2:
             self._ranker.score([self._ranker.blank(rows)])
 

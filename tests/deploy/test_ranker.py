@@ -9,11 +9,12 @@ import pytest
 import etl.pack
 import etl.transform
 from deploy.ranker import Ranker, Request, Scored, out_of_range
+from deploy.served_program import load_program
 
 
 @pytest.fixture(scope="module")
 def ranker(exported: Path) -> Ranker:
-    return Ranker(exported, etl.transform)
+    return Ranker(exported, etl.transform, program=load_program(exported))
 
 
 def request_of(rows: int, *, seed: int) -> Request:
@@ -86,7 +87,7 @@ def test_an_id_beyond_its_table_is_a_fault_of_its_request(bundle: Path) -> None:
     for table in schema["tables"]:
         table["rows"] = 2 if table["name"] == "item" else table["rows"]
     (bundle / "schema.json").write_text(json.dumps(schema))
-    ranker = Ranker(bundle, etl.transform)
+    ranker = Ranker(bundle, etl.transform, program=load_program(bundle))
     unseen, seen = request_of(1, seed=5), request_of(1, seed=6)
     unseen.keys[0, 2], seen.keys[0, 2] = -1, 7
     sound, fault = ranker.score([unseen, seen])
