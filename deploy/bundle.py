@@ -40,8 +40,23 @@ class ServeDefaults(_Record):
     metrics_port: int | None
 
 
+class Cost(_Record):
+    """Of one precision on validation rows: bytes of all weights, AUC and NE by task, largest change of a probability.
+
+    A figure that the rows leave undefined is None.
+    """
+
+    tables: str
+    dense: str
+    size_bytes: int
+    rows: int
+    auc: dict[str, float | None]
+    ne: dict[str, float | None]
+    difference: float
+
+
 class Bundle(_Record):
-    """bundle.json."""
+    """bundle.json. `isa` is what native code was compiled for; `costs` is empty where no validation rows were there."""
 
     version: Literal[1] = 1
     name: str
@@ -55,8 +70,9 @@ class Bundle(_Record):
     tolerance: float
     serve: ServeDefaults
     versions: dict[str, str]
-    quantization: Literal["none"] = "none"
-    isa: str = "any: no native code"
+    quantization: str
+    isa: str
+    costs: tuple[Cost, ...]
     files: dict[str, str]
 
 

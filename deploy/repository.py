@@ -13,7 +13,8 @@ from etl.artifact import new_folder, sha256, write_text
 from etl.faults import Fault
 
 _CODE = ("transform.py", "served_program.py", "ranker.py", "model.py")
-_SERVED = ("program.pt2", "weights.safetensors", "schema.json", "transform", *_CODE)
+_PROGRAM = ("program.pt2", "program.json", "native.pt2", "weights.safetensors")
+_SERVED = (*_PROGRAM, "schema.json", "transform", *_CODE)
 _MARK = "repository.json"
 
 

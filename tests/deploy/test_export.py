@@ -9,7 +9,7 @@ import pytest
 
 from deploy import export as exporting
 from deploy.bundle import read_bundle
-from deploy.program import ServedNetwork
+from deploy.program import Precision, ServedNetwork
 from etl.faults import Fault
 from recsys.network import Network
 
@@ -18,7 +18,15 @@ def test_the_manifest_names_every_file_and_figure(exported: Path, run_folder: Pa
     bundle = read_bundle(exported)
     names = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
     assert set(bundle.files) == names - {"bundle.json"}
-    assert {"weights.safetensors", "program.pt2", "schema.json", "model.py", "golden/requests.jsonl"} <= names
+    assert {
+        "weights.safetensors",
+        "program.pt2",
+        "program.json",
+        "served_program.py",
+        "schema.json",
+        "model.py",
+        "golden/requests.jsonl",
+    } <= names
     assert not [name for name in names if name.endswith((".pkl", ".pt", ".pickle"))]
     assert bundle.run == str(run_folder)
     assert set(bundle.versions) == {"rankforge", "torch", "numpy", "python"}
@@ -42,8 +50,8 @@ def test_a_program_that_scores_otherwise_is_refused(
 ) -> None:
     made = exporting.served_network
 
-    def nudged(network: Network) -> ServedNetwork:
-        served = made(network)
+    def nudged(network: Network, precision: Precision) -> ServedNetwork:
+        served = made(network, precision)
         if served.weights is not None:
             served.weights.matrix_RW += 1e-4
         return served
