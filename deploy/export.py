@@ -13,18 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import etl.transform
-from deploy import ranker, served_program, triton_model_file
+from deploy import exporter, monitor, ranker, ranking, served_program, triton_model_file
 from deploy.bundle import MARKER, Bundle, Cost, ServeDefaults, Signature, file_hashes
 from deploy.native import level_of
 from deploy.offline import Scores, offline_scores
 from deploy.precision import costs, refuse_costly
 from deploy.program import Precision, Shape, save_program, served_network
+from deploy.reference import write_reference
 from etl.artifact import new_folder, read_json, write_json
 from etl.experiment_file import parse
 from etl.faults import Fault
 from etl.pack import pack
 from etl.schema import Schema
 from etl.sources import arrow_type, read_raw_split
+from etl.spec import expanded
 from etl.transform import Packed, Transform
 from recsys.experiment import Experiment, Export
 from recsys.predict import load_network
@@ -61,6 +63,7 @@ def export(run: Path, out: Path, *, data: Path | None = None, overrides: Mapping
     transform = Transform.load(run / "transform")
     with new_folder(out, marker=MARKER) as folder:
         _copy_parts(run, folder)
+        write_reference(run, folder, schema=schema)
         shape = Shape(experiment.serve.max_batch_size, slots=len(schema.slot_names), floats=len(schema.float_names))
         save_program(served_network(network, precision), folder, shape=shape, level=level)
         rows = golden_rows(experiment, transform)
@@ -68,7 +71,7 @@ def export(run: Path, out: Path, *, data: Path | None = None, overrides: Mapping
         _write_golden(folder / "golden", rows, offline=offline, tasks=schema.task_names)
         tolerance = settings.tolerance or (1e-6 if precision == Precision() else 1e-3)
         check = _Golden(pack(rows, transform.signature), offline, tolerance)
-        for native in (False, True):
+        for native in (False, True) if level else (False,):
             _check(folder, check, max_rows=shape.max_rows, native=native)
         about = _About(precision, level, tolerance, found)
         bundle = _manifest(run, experiment, schema=schema, transform=transform, result=result, about=about)
@@ -89,7 +92,7 @@ def _copy_parts(run: Path, folder: Path) -> None:
     for name in ("schema.json", "experiment.json"):
         shutil.copyfile(run / name, folder / name)
     shutil.copytree(run / "transform", folder / "transform")
-    for module in (etl.transform, ranker, served_program):
+    for module in (etl.transform, ranker, ranking, monitor, exporter, served_program):
         path = Path(str(module.__file__))
         shutil.copyfile(path, folder / path.name)
     shutil.copyfile(triton_model_file(), folder / "model.py")
@@ -156,7 +159,9 @@ def _manifest(
         floats=tuple(schema.float_names),
         signature=Signature.model_validate_json(json.dumps(transform.signature.as_json())),
         tolerance=about.tolerance,
-        serve=ServeDefaults(**experiment.serve.model_dump()),
+        serve=ServeDefaults.model_validate(
+            experiment.serve.model_dump() | {"user": tuple(expanded(experiment.serve.user))}
+        ),
         versions=packages | {"python": platform.python_version()},
         quantization="none" if about.precision == Precision() else str(about.precision),
         isa=about.level or "any: no native code",
