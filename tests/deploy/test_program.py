@@ -67,7 +67,8 @@ def test_lower_precisions_score_nearly_so(kind: str, precision: Precision, tmp_p
     schema = rich_schema(dense=2)
     network = network_of(config_of(kind), schema, std=0.05)
     saved(network, schema, tmp_path, precision=precision, level=None)
-    check_scores(load_program(tmp_path), network, schema, atol=1e-3)
+    loose = precision.dense == "bf16" and kind in ("deep_crossing", "masknet")  # sums and norms carry the rounding on
+    check_scores(load_program(tmp_path), network, schema, atol=5e-3 if loose else 1e-3)
 
 
 @NATIVE
