@@ -41,7 +41,9 @@ _EDGES: dict[str, list[Any]] = {
 }
 
 
-def export(run: Path, out: Path, *, data: Path | None = None, overrides: Mapping[str, str] | None = None) -> Bundle:
+def export(
+    run: Path, out: Path, *, data: Path | None = None, overrides: Mapping[str, str | float] | None = None
+) -> Bundle:
     """Writes the bundle folder at once and returns what its manifest says.
 
     `data` is the dataset folder, by default beside the run; `overrides` are settings that replace those of `[export]`.

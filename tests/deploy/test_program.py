@@ -94,12 +94,15 @@ def test_native_code_of_lower_precisions(kind: str, precision: Precision, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DeepFM with native code; read only."""
-    schema = rich_schema(dense=2)
-    network = network_of(config_of("deepfm"), schema)
+def deepfm() -> Network:
+    return network_of(config_of("deepfm"), rich_schema(dense=2), std=0.1)
+
+
+@pytest.fixture(scope="module")
+def native_folder(deepfm: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That network with native code; read only."""
     folder = tmp_path_factory.mktemp("native")
-    return saved(network, schema, folder, precision=Precision(), level=level_of("auto"))
+    return saved(deepfm, rich_schema(dense=2), folder, precision=Precision(), level=level_of("auto"))
 
 
 @NATIVE
@@ -114,12 +117,18 @@ def test_native_code_takes_the_weights_of_another_training(native_folder: Path, 
 
 @NATIVE
 @pytest.mark.parametrize(
-    ("key", "value", "reason"),
+    "case",
     [("needs", ["avx9"], "this CPU lacks avx9"), ("torch", "1.0", "compiled for torch 1.0"), (None, None, "not load")],
 )
 def test_native_code_that_cannot_run_here_gives_way(
-    native_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str | None, value: object, reason: str
+    case: tuple[str | None, object, str],
+    deepfm: Network,
+    *,
+    native_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    key, value, reason = case
     shutil.copytree(native_folder, tmp_path, dirs_exist_ok=True)
     told = json.loads((tmp_path / "program.json").read_text())
     if key:
@@ -129,8 +138,7 @@ def test_native_code_that_cannot_run_here_gives_way(
     (tmp_path / "program.json").write_text(json.dumps(told))
     program = load_program(tmp_path)
     assert reason in caplog.text
-    schema = rich_schema(dense=2)
-    check_scores(program, network_of(config_of("deepfm"), schema), schema, atol=1e-6)
+    check_scores(program, deepfm, rich_schema(dense=2), atol=1e-6)
 
 
 @NATIVE
