@@ -56,8 +56,23 @@ class ServeDefaults(_Record):
     psi_alarm: float = Field(gt=0)
 
 
+class Cost(_Record):
+    """Of one precision on validation rows: bytes of all weights, AUC and NE by task, largest change of a probability.
+
+    A figure that the rows leave undefined is None.
+    """
+
+    tables: str
+    dense: str
+    size_bytes: int
+    rows: int
+    auc: dict[str, float | None]
+    ne: dict[str, float | None]
+    difference: float
+
+
 class Bundle(_Record):
-    """bundle.json."""
+    """bundle.json. `isa` is what native code was compiled for; `costs` is empty where no validation rows were there."""
 
     version: Literal[1] = 1
     name: str
@@ -71,8 +86,9 @@ class Bundle(_Record):
     tolerance: float
     serve: ServeDefaults
     versions: dict[str, str]
-    quantization: Literal["none"] = "none"
-    isa: str = "any: no native code"
+    quantization: str
+    isa: str
+    costs: tuple[Cost, ...]
     files: dict[str, str]
 
 

@@ -4,29 +4,31 @@ import importlib.metadata
 import json
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 import etl.transform
 from deploy import exporter, monitor, ranker, ranking, served_program, triton_model_file
-from deploy.bundle import MARKER, Bundle, ServeDefaults, Signature, file_hashes
+from deploy.bundle import MARKER, Bundle, Cost, ServeDefaults, Signature, file_hashes
+from deploy.native import level_of
 from deploy.offline import Scores, offline_scores
-from deploy.program import Lookup, ServedNetwork, save_program
+from deploy.precision import costs, refuse_costly
+from deploy.program import Precision, Shape, save_program, served_network
 from deploy.reference import write_reference
 from etl.artifact import new_folder, read_json, write_json
+from etl.experiment_file import parse
 from etl.faults import Fault
 from etl.pack import pack
 from etl.schema import Schema
 from etl.sources import arrow_type, read_raw_split
 from etl.spec import expanded
-from etl.transform import Transform
-from recsys.experiment import Experiment
-from recsys.network import Network
+from etl.transform import Packed, Transform
+from recsys.experiment import Experiment, Export
 from recsys.predict import load_network
 
 _EDGES: dict[str, list[Any]] = {
@@ -39,51 +41,45 @@ _EDGES: dict[str, list[Any]] = {
 }
 
 
-def export(run: Path, out: Path) -> Bundle:
+def export(
+    run: Path, out: Path, *, data: Path | None = None, overrides: Mapping[str, str | float] | None = None
+) -> Bundle:
     """Writes the bundle folder at once and returns what its manifest says.
 
+    `data` is the dataset folder, by default beside the run; `overrides` are settings that replace those of `[export]`.
+
     Raises:
-        Fault: the run has no result, its raw test files are gone, or a golden row's score differs by more than the
-            tolerance in `[export]`.
+        Fault: the run has no result, its raw test files are gone, a golden row's score differs by more than the
+            tolerance in `[export]`, or a lower precision moves AUC or NE of the validation rows beyond the budget.
+        Faults: overrides that are no settings.
     """
     result = read_json(run / "result.json", remedy="finish the training: python -m recsys train EXP.toml")
     experiment, schema, network = load_network(run)
+    changed = experiment.export.model_dump() | dict(overrides or {})
+    settings = parse(changed, place="[export]", into=Export)
+    experiment = experiment.model_copy(update={"export": settings})
+    precision, level = Precision(settings.tables, settings.dense), level_of(settings.compile)
+    valid = (data or run.parent / "data") / "valid"
+    found = costs(network, schema, valid=valid, limit_rows=settings.cost_rows)
+    refuse_costly(found, precision, budget=settings)
     transform = Transform.load(run / "transform")
     with new_folder(out, marker=MARKER) as folder:
         _copy_parts(run, folder)
         write_reference(run, folder, schema=schema)
-        served = served_network(network)
-        max_rows = experiment.serve.max_batch_size
-        sizes = {"slots": len(schema.slot_names), "floats": len(schema.float_names)}
-        save_program(served, folder, max_rows=max_rows, **sizes)
+        shape = Shape(experiment.serve.max_batch_size, slots=len(schema.slot_names), floats=len(schema.float_names))
+        save_program(served_network(network, precision), folder, shape=shape, level=level)
         rows = golden_rows(experiment, transform)
         offline = offline_scores(network, transform, table=rows)
         _write_golden(folder / "golden", rows, offline=offline, tasks=schema.task_names)
-        _check(folder, transform, rows=rows, offline=offline, tolerance=experiment.export.tolerance, max_rows=max_rows)
-        bundle = _manifest(
-            run, experiment, schema=schema, transform=transform, result=result, files=file_hashes(folder)
-        )
+        tolerance = settings.tolerance or (1e-6 if precision == Precision() else 1e-3)
+        check = _Golden(pack(rows, transform.signature), offline, tolerance)
+        for native in (False, True) if level else (False,):
+            _check(folder, check, max_rows=shape.max_rows, native=native)
+        about = _About(precision, level, tolerance, found)
+        bundle = _manifest(run, experiment, schema=schema, transform=transform, result=result, about=about)
+        bundle = bundle.model_copy(update={"files": file_hashes(folder)})
         write_json(folder / MARKER, bundle.model_dump(mode="json"))
     return bundle
-
-
-def served_network(network: Network) -> ServedNetwork:
-    """The trained head on merged tables: rows with a vector in one matrix, first-order weights alone in another."""
-    layout = network.layout
-    tables: dict[str, Tensor] = {
-        config.name: network.tables.embedding_bags[config.name].weight.detach()
-        for config in network.tables.embedding_bag_configs()
-    }
-    names = [table for _, table in layout.slots]
-    full, alone = names[: layout.vectors], names[layout.vectors :]
-    used = layout.sizes.dim + (1 if layout.linear else 0)  # the rest is padding
-    rows, weights = {name: tables[name][:, :used] for name in full}, {name: tables[name][:, :1] for name in alone}
-    return ServedNetwork(
-        network.head,
-        layout,
-        rows=Lookup(layout.columns[: layout.vectors], names=full, tables=rows) if full else None,
-        weights=Lookup(layout.columns[layout.vectors :], names=alone, tables=weights) if alone else None,
-    )
 
 
 def golden_rows(experiment: Experiment, transform: Transform) -> pa.Table:
@@ -113,12 +109,18 @@ def _write_golden(folder: Path, rows: pa.Table, *, offline: Scores, tasks: list[
     pq.write_table(pa.table(columns), folder / "scores.parquet")
 
 
-def _check(
-    folder: Path, transform: Transform, *, rows: pa.Table, offline: Scores, tolerance: float, max_rows: int
-) -> None:
+class _Golden(NamedTuple):
+    """Packed golden rows, what they score offline, and how much that may differ."""
+
+    packed: Packed
+    offline: Scores
+    tolerance: float
+
+
+def _check(folder: Path, golden: _Golden, *, max_rows: int, native: bool) -> None:
     """Scores the golden rows with the files that were just written."""
-    packed = pack(rows, transform.signature)
-    served = ranker.Ranker(folder, etl.transform, program=served_program.load_program(folder))
+    packed, offline, tolerance = golden
+    served = ranker.Ranker(folder, etl.transform, program=served_program.load_program(folder, native=native))
     for at in range(0, len(packed.keys), max_rows):
         part = slice(at, at + max_rows)
         scored = served.score([ranker.Request(packed.keys[part], packed.numbers[part])])[0]
@@ -128,9 +130,15 @@ def _check(
         difference = float(np.abs(scored.score - offline.score[part]).max())
         if difference > tolerance or not np.array_equal(scored.ids, offline.ids[part]):
             got, wanted = f"scores that differ by {difference:.2e}", f"at most {tolerance:g}, and equal ids"
-            raise Fault(
-                f"{folder.name}: program.pt2", got=got, wanted=wanted, remedy="raise export.tolerance knowingly"
-            )
+            place, remedy = f"{folder.name}: the program", "export a higher precision, or raise export.tolerance"
+            raise Fault(place, got=got, wanted=wanted, remedy=f"{remedy} knowingly")
+
+
+class _About(NamedTuple):
+    precision: Precision
+    level: str | None
+    tolerance: float
+    costs: tuple[Cost, ...]
 
 
 def _manifest(
@@ -140,7 +148,7 @@ def _manifest(
     schema: Schema,
     transform: Transform,
     result: dict[str, Any],
-    files: dict[str, str],
+    about: _About,
 ) -> Bundle:
     packages = {name: importlib.metadata.version(name) for name in ("rankforge", "torch", "numpy")}
     return Bundle(
@@ -152,12 +160,15 @@ def _manifest(
         ids=tuple(schema.slot_names),
         floats=tuple(schema.float_names),
         signature=Signature.model_validate_json(json.dumps(transform.signature.as_json())),
-        tolerance=experiment.export.tolerance,
+        tolerance=about.tolerance,
         serve=ServeDefaults.model_validate(
             experiment.serve.model_dump() | {"user": tuple(expanded(experiment.serve.user))}
         ),
         versions=packages | {"python": platform.python_version()},
-        files=files,
+        quantization="none" if about.precision == Precision() else str(about.precision),
+        isa=about.level or "any: no native code",
+        costs=about.costs,
+        files={},
     )
 
 

@@ -1,13 +1,18 @@
 """Loads a bundle's program with its weights. Copied into the bundle, so it imports nothing of ours."""
 
+import json
+import logging
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
+
+_log = logging.getLogger("rankforge")
 
 
 def load_weights(path: Path) -> Mapping[str, torch.Tensor]:
@@ -16,20 +21,66 @@ def load_weights(path: Path) -> Mapping[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
-def load_program(folder: Path) -> Forward:
+def load_program(folder: Path, *, native: bool = True) -> Forward:
     """The program with its weights bound: (ids [B, S], floats [B, N]) -> probabilities [B, T].
 
-    The graph is called as it is: the wrapper that torch.export puts around it costs five times the small network.
+    Native code where the bundle has it and this machine and torch can run it, else, with a log line, torch's own
+    kernels one after another.
+
+    Raises:
+        ValueError: an archive holds more than code; from the program, inputs of another width or type. Native code
+            checks neither, and would read beyond them.
     """
-    weights = load_weights(folder / "weights.safetensors").values()
-    _refuse_pickles(folder / "program.pt2")
-    graph = torch.export.load(folder / "program.pt2").graph_module
+    weights = list(load_weights(folder / "weights.safetensors").values())
+    told = json.loads((folder / "program.json").read_text(encoding="utf-8"))
+    run = (_native(folder, told["native"]) if native else None) or _eager(folder)
+    wanted = ((told["slots"], torch.int64), (told["floats"], torch.float32))
 
     def forward(ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
-        (score_BT,) = graph(*weights, ids_BS, floats_BN)
+        got = ((ids_BS.shape[1], ids_BS.dtype), (floats_BN.shape[1], floats_BN.dtype))
+        if got != wanted or len(ids_BS) != len(floats_BN):
+            raise ValueError(f"{got} for {len(ids_BS)} and {len(floats_BN)} rows, wanted {wanted} and as many rows")
+        (score_BT,) = run([*weights, ids_BS.contiguous(), floats_BN.contiguous()])
         return torch.as_tensor(score_BT)
 
     return forward
+
+
+def cpu_flags() -> frozenset[str]:
+    """What this CPU can do, in Linux's words without underscores; empty where Linux does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.replace("_", "").split())
+
+
+def _native(folder: Path, told: Mapping[str, Sequence[str]] | None) -> Run | None:
+    """The compiled program. An instruction that the CPU lacks would kill the process, so its needs are compared."""
+    if told is None:
+        return None
+    torch_version, needs = torch.__version__, set(told["needs"])
+    if told["torch"] != torch_version:
+        reason = f"it was compiled for torch {told['torch']}, this is {torch_version}"
+    elif missing := needs - cpu_flags():
+        reason = f"it was compiled for {told['isa']}, this CPU lacks {', '.join(sorted(missing))}"
+    else:
+        try:
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / "native.pt2"), "model", True, 1, -1)
+        except RuntimeError as error:
+            reason = f"it does not load: {error}"
+        else:
+            return loader.boxed_run
+    _log.warning("%s: native code is not used, slower scoring instead: %s", folder / "native.pt2", reason)
+    return None
+
+
+def _eager(folder: Path) -> Run:
+    """The graph is called as it is: the wrapper that torch.export puts around it costs five times the small network."""
+    _refuse_pickles(folder / "program.pt2")
+    graph = torch.export.load(folder / "program.pt2").graph_module
+    return lambda inputs: tuple(graph(*inputs))
 
 
 def _refuse_pickles(program: Path) -> None:

@@ -106,10 +106,20 @@ class Embedding(OptimizerSettings, Placement):
 
 
 class Export(Section):
-    """What a bundle is checked with."""
+    """How a network is made a program, and what the bundle is checked with."""
 
+    tables: Literal["fp32", "fp16", "int8"] = Field("fp32", description="int8: bytes with scale and start of each row")
+    dense: Literal["fp32", "bf16"] = Field("fp32", description="bf16: gains on CPUs with AVX512-BF16 or AMX alone")
+    compile: Literal["auto", "off", "x86-64-v3", "x86-64-v4"] = Field(
+        "auto", description="native code for that level; auto: this CPU's, where there is a C++ compiler"
+    )
     golden_rows: int = Field(64, ge=1, description="raw test rows kept in the bundle with their offline scores")
-    tolerance: float = Field(1e-6, gt=0, description="largest difference of a served probability")
+    tolerance: float | None = Field(
+        None, gt=0, description="largest difference of a served probability; unset: 1e-6, of lower precisions 1e-3"
+    )
+    cost_rows: int = Field(50_000, ge=1, description="validation rows on which precisions are compared, at most")
+    auc_budget: float = Field(5e-4, ge=0, description="largest change of the validation AUC by a lower precision")
+    ne_budget: float = Field(1e-3, ge=0, description="largest change of the validation NE by a lower precision")
 
 
 class Serve(Section):

@@ -8,9 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy import export as exporting
-from deploy.bundle import read_bundle
-from deploy.program import ServedNetwork
+from deploy.bundle import Cost, read_bundle
+from deploy.precision import PRECISIONS, refuse_costly
+from deploy.program import Precision, ServedNetwork
 from etl.faults import Fault
+from recsys.experiment import Export
 from recsys.network import Network
 
 
@@ -18,7 +20,15 @@ def test_the_manifest_names_every_file_and_figure(exported: Path, run_folder: Pa
     bundle = read_bundle(exported)
     names = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
     assert set(bundle.files) == names - {"bundle.json"}
-    assert {"weights.safetensors", "program.pt2", "schema.json", "model.py", "golden/requests.jsonl"} <= names
+    assert {
+        "weights.safetensors",
+        "program.pt2",
+        "program.json",
+        "served_program.py",
+        "schema.json",
+        "model.py",
+        "golden/requests.jsonl",
+    } <= names
     assert not [name for name in names if name.endswith((".pkl", ".pt", ".pickle"))]
     assert bundle.run == str(run_folder)
     assert set(bundle.versions) == {"rankforge", "torch", "numpy", "python"}
@@ -42,8 +52,8 @@ def test_a_program_that_scores_otherwise_is_refused(
 ) -> None:
     made = exporting.served_network
 
-    def nudged(network: Network) -> ServedNetwork:
-        served = made(network)
+    def nudged(network: Network, precision: Precision) -> ServedNetwork:
+        served = made(network, precision)
         if served.weights is not None:
             served.weights.matrix_RW += 1e-4
         return served
@@ -59,3 +69,40 @@ def test_a_run_without_result_is_refused(run_folder: Path, tmp_path: Path) -> No
     (run / "result.json").unlink()
     with pytest.raises(Fault, match="finish the training"):
         exporting.export(run, tmp_path / "bundle")
+
+
+def test_the_manifest_says_what_each_precision_costs(exported: Path) -> None:
+    bundle = read_bundle(exported)
+    assert [(cost.tables, cost.dense) for cost in bundle.costs] == [tuple(precision) for precision in PRECISIONS]
+    exact, lower = bundle.costs[0], bundle.costs[1:]
+    assert exact.difference == 0
+    assert exact.auc["click"] == pytest.approx(bundle.metrics["valid"]["click/auc"], abs=1e-6)
+    assert exact.ne["buy"] == pytest.approx(bundle.metrics["valid"]["buy/ne"], abs=1e-6)
+    assert all(0 < cost.difference < 0.01 and cost.rows == exact.rows for cost in lower)
+    assert bundle.costs[2].size_bytes < exact.size_bytes
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_lower_precision_needs_validation_rows(run_folder: Path, tmp_path: Path) -> None:
+    int8 = {"tables": "int8", "compile": "off", "auc_budget": 0.05, "ne_budget": 0.05}  # of some 100 rows
+    bundle = exporting.export(run_folder, tmp_path / "bundle", overrides=int8)
+    assert (bundle.quantization, bundle.tolerance) == ("tables int8, dense fp32", 1e-3)
+    assert bundle.isa == "any: no native code"
+    with pytest.raises(Fault, match="no validation rows"):
+        exporting.export(run_folder, tmp_path / "other", data=tmp_path, overrides=int8)
+    plain = exporting.export(run_folder, tmp_path / "other", data=tmp_path, overrides={"compile": "off"})
+    assert plain.costs == ()
+
+
+@pytest.mark.parametrize("metric", ["auc", "ne"])
+@pytest.mark.parametrize("change", [-0.002, 0.002])
+def test_a_precision_that_moves_a_metric_is_refused(metric: str, change: float) -> None:
+    figures = {"auc": {"a": None, "b": 0.7}, "ne": {"a": None, "b": 0.9}}
+    exact = Cost(tables="fp32", dense="fp32", size_bytes=8, rows=9, difference=0, **figures)
+    moved = figures | {metric: {"a": None, "b": figures[metric]["b"] + change}}
+    int8 = Cost(tables="int8", dense="fp32", size_bytes=2, rows=9, difference=0.01, **moved)
+    budget = Export(auc_budget=0.001, ne_budget=0.001)
+    with pytest.raises(Fault, match=f"{metric} .* of task 'b'"):
+        refuse_costly([exact, int8], PRECISIONS[3], budget=budget)
+    refuse_costly([exact, int8], PRECISIONS[0], budget=budget)
+    refuse_costly([exact, int8], PRECISIONS[3], budget=Export(auc_budget=0.003, ne_budget=0.003))

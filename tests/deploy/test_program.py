@@ -1,22 +1,55 @@
 """The served program equals the trained network, and carries code alone."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from deploy.export import served_network
-from deploy.program import Lookup, ServedNetwork, save_program
-from deploy.served_program import load_program
+from deploy.native import level_of
+from deploy.precision import PRECISIONS
+from deploy.program import Lookup, Precision, ServedNetwork, Shape, save_program, served_network
+from deploy.served_program import Forward, load_program
+from etl.faults import Fault
+from etl.schema import Schema
 from recsys.layout import Layout
 from recsys.models import MODELS
 from recsys.models.wide import WideConfig
+from recsys.network import Network
 from tests.registry import config_of, network_of, random_rows, rich_schema, schema_of
 
 MAX_ROWS = 16
+NATIVE = pytest.mark.skipif(level_of("auto") is None, reason="no C++ compiler, or a CPU below x86-64-v3")
+NATIVE_KINDS = ("deepfm", "din", "esmm")
+
+
+def native_program(folder: Path) -> Forward:
+    """Without its other form, so that it cannot give way."""
+    (folder / "program.pt2").rename(folder / "aside")
+    try:
+        return load_program(folder)
+    finally:
+        (folder / "aside").rename(folder / "program.pt2")
+
+
+def saved(network: Network, schema: Schema, folder: Path, *, precision: Precision, level: str | None) -> Path:
+    shape = Shape(MAX_ROWS, slots=len(schema.slot_names), floats=len(schema.float_names))
+    save_program(served_network(network, precision), folder, shape=shape, level=level)
+    return folder
+
+
+def check_scores(program: Forward, network: Network, schema: Schema, *, atol: float) -> None:
+    for rows in (1, 2, 7, MAX_ROWS):
+        ids_BS, floats_BN = random_rows(schema, rows)
+        with torch.no_grad():
+            wanted_BT = network(ids_BS, floats_BN).logits_BT.sigmoid()
+            got_BT = program(ids_BS, floats_BN)
+        torch.testing.assert_close(got_BT, wanted_BT, rtol=0, atol=atol)
+        assert rows == 1 or wanted_BT.std() > 1e-3
 
 
 @pytest.mark.parametrize("dense", [0, 3])
@@ -24,22 +57,129 @@ MAX_ROWS = 16
 def test_the_program_scores_as_the_network_does(kind: str, dense: int, tmp_path: Path) -> None:
     schema = rich_schema(dense=dense)
     network = network_of(config_of(kind), schema, std=0.1)
-    floats = len(schema.float_names)
-    save_program(served_network(network), tmp_path, max_rows=MAX_ROWS, slots=len(schema.slot_names), floats=floats)
+    saved(network, schema, tmp_path, precision=Precision(), level=None)
+    check_scores(load_program(tmp_path), network, schema, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("precision", PRECISIONS[1:], ids=str)
+def test_lower_precisions_score_nearly_so(kind: str, precision: Precision, tmp_path: Path) -> None:
+    schema = rich_schema(dense=2)
+    network = network_of(config_of(kind), schema, std=0.05)
+    saved(network, schema, tmp_path, precision=precision, level=None)
+    loose = precision.dense == "bf16" and kind in ("deep_crossing", "masknet")  # sums and norms carry the rounding on
+    check_scores(load_program(tmp_path), network, schema, atol=5e-3 if loose else 1e-3)
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    "kind", [kind if kind in NATIVE_KINDS else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+)
+def test_native_code_scores_as_the_network_does(kind: str, tmp_path: Path) -> None:
+    schema = rich_schema(dense=3)
+    network = network_of(config_of(kind), schema, std=0.1)
+    saved(network, schema, tmp_path, precision=Precision(), level=level_of("auto"))
+    check_scores(native_program(tmp_path), network, schema, atol=1e-6)
+
+
+@NATIVE
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
+@pytest.mark.parametrize("precision", [Precision("fp16", "fp32"), Precision("int8", "bf16")], ids=str)
+def test_native_code_of_lower_precisions(kind: str, precision: Precision, tmp_path: Path) -> None:
+    schema = rich_schema(dense=2)
+    network = network_of(config_of(kind), schema, std=0.05)
+    saved(network, schema, tmp_path, precision=precision, level=level_of("auto"))
+    check_scores(native_program(tmp_path), network, schema, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def deepfm() -> Network:
+    return network_of(config_of("deepfm"), rich_schema(dense=2), std=0.1)
+
+
+@pytest.fixture(scope="module")
+def native_folder(deepfm: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That network with native code; read only."""
+    folder = tmp_path_factory.mktemp("native")
+    return saved(deepfm, rich_schema(dense=2), folder, precision=Precision(), level=level_of("auto"))
+
+
+@NATIVE
+def test_native_code_takes_the_weights_of_another_training(native_folder: Path, tmp_path: Path) -> None:
+    """Biases of one element too, which a compiler that is given constants writes into the code."""
+    shutil.copytree(native_folder, tmp_path, dirs_exist_ok=True)
+    schema = rich_schema(dense=2)
+    network = network_of(config_of("deepfm"), schema, std=0.1)
+    save_file(served_network(network).weights_by_name(), tmp_path / "weights.safetensors")
+    check_scores(native_program(tmp_path), network, schema, atol=1e-6)
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    "case",
+    [("needs", ["avx9"], "this CPU lacks avx9"), ("torch", "1.0", "compiled for torch 1.0"), (None, None, "not load")],
+)
+def test_native_code_that_cannot_run_here_gives_way(
+    case: tuple[str | None, object, str],
+    deepfm: Network,
+    *,
+    native_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    key, value, reason = case
+    shutil.copytree(native_folder, tmp_path, dirs_exist_ok=True)
+    told = json.loads((tmp_path / "program.json").read_text())
+    if key:
+        told["native"][key] = value
+    else:
+        (tmp_path / "native.pt2").write_bytes(b"not an archive")
+    (tmp_path / "program.json").write_text(json.dumps(told))
     program = load_program(tmp_path)
-    for rows in (1, 2, 7, MAX_ROWS):
-        ids_BS, floats_BN = random_rows(schema, rows)
-        with torch.no_grad():
-            wanted_BT = network(ids_BS, floats_BN).logits_BT.sigmoid()
-            got_BT = program(ids_BS, floats_BN)
-        torch.testing.assert_close(got_BT, wanted_BT, rtol=0, atol=1e-6)
-        assert rows == 1 or wanted_BT.std() > 1e-3
+    assert reason in caplog.text
+    check_scores(program, deepfm, rich_schema(dense=2), atol=1e-6)
+
+
+@NATIVE
+def test_inputs_of_another_shape_or_layout(native_folder: Path) -> None:
+    """Native code looks at neither width nor strides."""
+    program = native_program(native_folder)
+    ids_BS, floats_BN = random_rows(rich_schema(dense=2), 4)
+    for bad in (
+        (ids_BS[:, 1:], floats_BN),
+        (ids_BS, floats_BN.double()),
+        (ids_BS[1:], floats_BN),
+        (ids_BS.int(), floats_BN),
+    ):
+        with pytest.raises(ValueError, match="wanted"):
+            program(*bad)
+    by_column = (ids_BS.t().contiguous().t(), floats_BN.t().contiguous().t())
+    torch.testing.assert_close(program(*by_column), program(ids_BS, floats_BN), rtol=0, atol=0)
+
+
+def test_int8_rows_keep_the_first_order_weight() -> None:
+    tables = {"a": torch.cat([torch.linspace(-0.1, 0.1, 36).view(9, 4), torch.full((9, 1), 5.4321)], dim=1)}
+    lookup = Lookup([0], names=["a"], tables=tables, vector=4, precision="int8")
+    got_BW = lookup(torch.arange(9)[:, None])[:, 0]
+    torch.testing.assert_close(got_BW[:, 4], tables["a"][:, 4], rtol=0, atol=0)
+    row_range = float((tables["a"][:, 3] - tables["a"][:, 0]).max())
+    torch.testing.assert_close(got_BW[:, :4], tables["a"][:, :4], rtol=0, atol=row_range / 255)
+    assert lookup.matrix_RW.nbytes == 9 * (4 + 8)
+
+
+def test_no_compiler_no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert level_of("auto") is None
+    assert level_of("off") is None
+    with pytest.raises(Fault, match="no compiler 'no-such-compiler'"):
+        level_of("x86-64-v3")
 
 
 def test_the_program_holds_no_weight_and_loads_without_our_packages(exported: Path) -> None:
-    weights, program = exported / "weights.safetensors", exported / "program.pt2"
-    changed = np.frombuffer(weights.read_bytes(), np.uint8)
-    assert changed[-64:].tobytes() not in program.read_bytes()
+    program = exported / "program.pt2"
+    some = (exported / "weights.safetensors").read_bytes()[-64:]
+    assert some not in program.read_bytes()
     code = (
         "import sys, torch; program = torch.export.load(sys.argv[1]);"
         "sys.exit(bool(program.state_dict or program.constants or {'etl', 'recsys', 'deploy'} & set(sys.modules)))"
@@ -49,11 +189,12 @@ def test_the_program_holds_no_weight_and_loads_without_our_packages(exported: Pa
 
 
 def test_a_program_with_pickled_weights_is_refused(tmp_path: Path, exported: Path) -> None:
-    (tmp_path / "weights.safetensors").write_bytes((exported / "weights.safetensors").read_bytes())
+    for name in ("weights.safetensors", "program.json"):
+        shutil.copyfile(exported / name, tmp_path / name)
     linear = torch.nn.Linear(2, 2)
     torch.export.save(torch.export.export(linear, (torch.zeros(1, 2),)), tmp_path / "program.pt2")
     with pytest.raises(ValueError, match="wanted code alone"):
-        load_program(tmp_path)
+        load_program(tmp_path, native=False)
 
 
 def test_a_head_with_hidden_tensors_is_not_exported(tmp_path: Path) -> None:
@@ -68,7 +209,7 @@ def test_a_head_with_hidden_tensors_is_not_exported(tmp_path: Path) -> None:
     layout = Layout.of(schema_of((), dense=1, tasks=("click",)), WideConfig(), dim=4)
     served = ServedNetwork(Hidden(), layout, rows=None, weights=None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="wanted code alone"):
-        save_program(served, tmp_path, max_rows=4, slots=0, floats=1)
+        save_program(served, tmp_path, shape=Shape(4, slots=0, floats=1), level=None)
 
 
 def test_features_of_one_table_share_its_rows() -> None:
