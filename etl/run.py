@@ -12,18 +12,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from polars.exceptions import PolarsError
 
 from etl.artifact import Json, new_folder, read_json, sha256, write_json
 from etl.engines.polars import fit
 from etl.extend import Parent, extends, record
+from etl.faults import Fault
 from etl.folds import OutOfFold
 from etl.formats import files
 from etl.pack import encode
-from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
+from etl.schema import GROUP, DenseFeature, IdFeature, Schema, Table, TaskColumn
 from etl.spec import FeatureSpec, Task
 from etl.splits import SPLITS
-from etl.stage import Report, stage
+from etl.stage import stage
 from etl.transform import Encoded, Transform
+from etl.typed import Report, Typed, typed_files
 
 Part = TypeVar("Part")
 Done = TypeVar("Done")
@@ -38,28 +41,44 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         Fault: whatever is wrong with the raw files or a column; an old folder stays as it was.
     """
     with new_folder(out, marker="manifest.json") as folder:
-        raw = folder / "raw"
-        raw.mkdir()
-        label_rates = stage(spec, raw, report=report)
-        state, features, tables = fit(spec, raw / "train.parquet", transform=folder / "transform", parent=parent)
+        (raw := folder / "raw").mkdir()
+        typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
+        rows = typed["train"].labels.rows
+        report("fit train", 0, total=rows)
+        state, features, tables = _fit(spec, typed["train"], folder=folder, parent=parent)
+        report("fit train", rows, total=rows)
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),
             dense=tuple(DenseFeature(name=step["name"]) for step in state["dense"]),
             tables=tuple(tables),
-            tasks=tuple(_task(task, rate=label_rates["train"][task.name]) for task in spec.tasks),
+            tasks=tuple(_task(task, rate=typed["train"].labels.rates[task.name]) for task in spec.tasks),
             group=spec.data.group is not None,
         )
         schema.write(folder)
-        stats = {split: _encode(spec, split, folder=folder, schema=schema, report=report) for split in SPLITS}
-        for split in SPLITS:
-            stats[split]["label_rate"] = label_rates[split]
+        transform, stats = Transform.load(folder / "transform"), {}
+        for split, rows in typed.items():
+            (folder / split).mkdir()
+            counted = _encode(spec, rows, transform=transform, schema=schema, folder=folder / split, report=report)
+            stats[split] = counted | {"label_rate": rows.labels.rates, "label_parts": rows.labels.parts}
         shutil.rmtree(raw)
         manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
         manifest |= record(spec, parent, tables=tables)
         manifest["files"] = _files(folder)
         write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _fit(
+    spec: FeatureSpec, train: Typed, *, folder: Path, parent: Parent | None
+) -> tuple[Json, list[IdFeature], list[Table]]:
+    """Fits the transform. Of rows that can't be fitted, a fault of the rows themselves comes first."""
+    try:
+        return fit(spec, train.columns, transform=folder / "transform", parent=parent)
+    except (Fault, PolarsError):
+        for _ in train.batches():
+            pass
+        raise
 
 
 def _task(task: Task, *, rate: float) -> TaskColumn:
@@ -103,14 +122,15 @@ def _column(matrix: npt.NDArray[Any], *, filled: npt.NDArray[np.bool_], dtype: s
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
 
 
-def _encode(spec: FeatureSpec, split: str, *, folder: Path, schema: Schema, report: Report) -> Json:
-    """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
-    transform = Transform.load(folder / "transform")
-    (folder / split).mkdir()
+def _encode(
+    spec: FeatureSpec, rows: Typed, *, transform: Transform, schema: Schema, folder: Path, report: Report
+) -> Json:
+    """Writes one split's shards in row order into its folder; counts rows, missing and unseen values by feature."""
+    split = folder.name
     names = [step["name"] for step in transform.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
-    out_of_fold = OutOfFold.load(folder) if split == "train" else OutOfFold({}, transform.signature)
-    shards = _Shards(folder / split, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
+    out_of_fold = OutOfFold.load(folder.parent) if split == "train" else OutOfFold({}, transform.signature)
+    shards = _Shards(folder, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
 
     def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
         first, batch = part
@@ -120,15 +140,35 @@ def _encode(spec: FeatureSpec, split: str, *, folder: Path, schema: Schema, repo
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
         return encoded, pa.table(columns | ({GROUP: batch[GROUP]} if spec.data.group else {}))
 
-    file = pq.ParquetFile(folder / "raw" / f"{split}.parquet")
-    for encoded, table in _in_order(encoded_rows, _numbered(file.iter_batches(batch_size=spec.etl.rows_per_group))):
+    batches = _of_size(rows.batches(), rows=spec.etl.rows_per_group)
+    for encoded, table in _in_order(encoded_rows, _numbered(batches)):
         missing += encoded.missing
         unseen += encoded.unseen
         shards.write(table)
-        report(f"encode {split}", shards.rows)
+        report(f"encode {split}", shards.rows, total=rows.labels.rows)
     shards.close()
     counts = zip(names, missing.tolist(), unseen.tolist(), strict=True)
     return {"rows": shards.rows, "features": {name: {"missing": m, "unseen": u} for name, m, u in counts}}
+
+
+def _of_size(batches: Iterable[pa.RecordBatch], *, rows: int) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of this size; the last one may be smaller."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        while batch.num_rows:
+            head = batch.slice(0, rows - sum(part.num_rows for part in waiting))
+            batch = batch.slice(head.num_rows)
+            waiting.append(head)
+            if sum(part.num_rows for part in waiting) == rows:
+                yield _joined(waiting)
+                waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """One batch, of at least one."""
+    return batches[0] if len(batches) == 1 else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
 def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -10,7 +10,7 @@ from etl.artifact import seed_of
 from etl.schema import Schema
 from recsys.experiment import Embedding, Experiment
 from recsys.layout import LANE, Layout
-from recsys.models.head import Head
+from recsys.models.head import Head, Inputs
 from recsys.models.layers import init_head
 
 _CHUNK_ROWS = 65_536
@@ -37,13 +37,11 @@ class Network(nn.Module):
         self.register_buffer("columns", torch.tensor(layout.columns, dtype=torch.int64), persistent=False)
 
     def forward(self, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
-        return self.scored(self._in_order(self.tables(self.lookups(ids_BS))), ids_BS=ids_BS, floats_BN=floats_BN)
+        return self.score(self.rows(ids_BS), ids_BS=ids_BS, floats_BN=floats_BN)
 
-    def scored(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
-        """The dense part: from the rows that were looked up, slot after slot, to logits."""
-        layout, end = self.layout, self.layout.vectors * self.layout.width
-        rows_BSW = rows_BD[:, :end].view(len(ids_BS), layout.vectors, layout.width)
-        inputs = layout.inputs(rows_BSW, rows_BD[:, end::LANE], ids_BS=ids_BS, floats_BN=floats_BN)
+    def score(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
+        """What `forward` answers, from the rows that the ids looked up."""
+        inputs = self._inputs(rows_BD, ids_BS=ids_BS, floats_BN=floats_BN)
         l2, linear_l2 = self._l2
         if l2 or linear_l2:
             penalty_B = self.head.activation_penalty_B(inputs, l2=l2, linear_l2=linear_l2)
@@ -51,9 +49,18 @@ class Network(nn.Module):
             penalty_B = floats_BN.new_zeros(len(floats_BN))
         return Scored(self.head(inputs), penalty_B)
 
-    def compile_dense(self) -> None:
-        """Fuses the dense part, forward and backward, by torch's inductor; batches have to be of one size."""
-        self.scored = torch.compile(self.scored, dynamic=False)  # type: ignore[method-assign]
+    def inputs(self, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
+        """What the head reads."""
+        return self._inputs(self.rows(ids_BS), ids_BS=ids_BS, floats_BN=floats_BN)
+
+    def rows(self, ids_BS: Tensor) -> Tensor:
+        """The rows of all slots side by side [B, D], slot after slot."""
+        return self._in_order(self.tables(self.lookups(ids_BS)))
+
+    def _inputs(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
+        layout, end = self.layout, self.layout.vectors * self.layout.width
+        rows_BSW = rows_BD[:, :end].view(len(ids_BS), layout.vectors, layout.width)
+        return layout.inputs(rows_BSW, rows_BD[:, end::LANE], ids_BS=ids_BS, floats_BN=floats_BN)
 
     def lookups(self, ids_BS: Tensor) -> KeyedJaggedTensor:
         """One id or none for each slot and row, slot after slot: bags are pooled outside of the tables."""

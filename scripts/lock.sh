@@ -17,7 +17,7 @@ trap 'rm -rf "$scratch"' EXIT
 for version in 3.11 3.12; do
     if [ -f "$lock" ]; then cp "$lock" "$scratch/$version.lock"; fi    # uv keeps the pins it finds there
     uv pip compile pyproject.toml requirements/cpu.in \
-        --extra dev \
+        --extra dev --extra nvtabular \
         --override requirements/overrides.txt \
         --python-platform x86_64-manylinux_2_35 --python-version "$version" \
         --generate-hashes --no-annotate \
@@ -26,10 +26,22 @@ for version in 3.11 3.12; do
         --output-file "$scratch/$version.lock" --quiet "$@"
 done
 
-if ! diff "$scratch/3.11.lock" "$scratch/3.12.lock"; then
+# What Python 3.11 alone has, the extra `nvtabular` and its needs, stays in the one lock, with a marker.
+awk '
+    /^[A-Za-z0-9._-]+==/ { name = $1; sub(/==.*/, "", name); here = 1 }
+    NR == FNR { if (here) serves[name] = 1; next }
+    here && /==/ && !(name in serves) { sub(/ \\$/, " ; python_version < \"3.12\" \\") }
+    { print }
+' "$scratch/3.12.lock" "$scratch/3.11.lock" > "$scratch/both.lock"
+
+both_serve() {
+    awk '/==/ { own = /python_version/ } !own { print }' "$scratch/both.lock"
+}
+
+if ! diff <(both_serve) "$scratch/3.12.lock"; then
     echo "scripts/lock.sh: got different locks for Python 3.11 and 3.12 (above), wanted one that serves both:" \
          "constrain the packages that differ in requirements/cpu.in" >&2
     exit 1
 fi
-mv "$scratch/3.11.lock" "$lock"
+mv "$scratch/both.lock" "$lock"
 echo "$lock: $(grep -c == "$lock") packages"
