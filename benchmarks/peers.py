@@ -70,7 +70,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="times that each side runs")
     parser.add_argument("--sides", nargs="+", default=[*OWN, *PACKAGES], choices=[*OWN, *PACKAGES])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of our dense part")
-    parser.add_argument("--compile", action="store_true", help="compile our dense part")
     parser.add_argument("--cache", type=Path, default=ROOT / "out" / "peers", help="where the libraries are installed")
     parser.add_argument("--quick", action="store_true", help="one round of DeepFM, batch 1024: shows that it works")
     options = parser.parse_args()
@@ -124,7 +123,6 @@ def one_run(side: str, folder: Path, *, model: str, batch_size: int, options: ar
         return Run((len(ends) - warm_up) * batch_size / (ends[-1] - ends[warm_up - 1]), gigabytes)
     shutil.rmtree(folder / "run", ignore_errors=True)
     sets = [f"train.batch_size={batch_size}", f"train.log_every_steps={warm_up}", *OWN[side]]
-    sets += ['train.compile="inductor"'] if options.compile else []
     line = [sys.executable, "-m", "recsys", "train", str(folder / "data.toml"), "--data", str(data), "--run-dir", "run"]
     _, gigabytes = timed(
         [*line, *(part for setting in sets for part in ("--set", setting))], folder=folder, environment=environment

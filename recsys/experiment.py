@@ -59,7 +59,6 @@ class Train(OptimizerSettings):
     )
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of the dense part")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the dense part, tables stay fp32")
-    compile: Literal["none", "inductor"] = Field("none", description="inductor: fuse the dense part; needs g++ on CPU")
     device: Literal["cpu", "cuda"] = "cpu"
     early_stop: EarlyStop = Field(default_factory=EarlyStop)
     plateau: Plateau | None = Field(None, description="lower the learning rates where validation stops gaining")

@@ -12,7 +12,6 @@ from recsys.clock import Clock
 from recsys.data import Batch
 from recsys.experiment import Experiment, Train
 from recsys.loss import head_penalty, mean_loss, penalised_layers
-from recsys.machine import check_compiler
 from recsys.models.layers import FirstOrder
 from recsys.network import Network, Scored, build_network
 from recsys.optim import DenseOptimizer, OptimizerSettings
@@ -28,10 +27,9 @@ class Learner:
     def __init__(self, experiment: Experiment, schema: Schema, *, world: World) -> None:
         self.settings, self.world = experiment.train, world
         self.network = build_network(experiment, schema, table_device="meta")
-        if self.settings.compile == "inductor":
-            check_compiler(self.settings)
-            self.network.compile_dense()
-        self.sharded = shard(self.network, experiment.embedding, world=world, seed=experiment.seed)
+        self.sharded = shard(
+            self.network, experiment.embedding, world=world, seed=experiment.seed, batch_size=self.settings.batch_size
+        )
         self.model = self.sharded.model
         self.optimizer = dense_optimizer(self.model, self.settings, linear=experiment.embedding.linear)
         self.penalised = penalised_layers(self.network.head, self.settings.layer_l2)

@@ -1,20 +1,8 @@
-"""What a machine can and can't do for a training run."""
-
-import os
-import shutil
+"""What a machine is slow at."""
 
 import torch
 
-from etl.faults import Fault
 from recsys.experiment import Train
-
-
-def check_compiler(settings: Train) -> None:
-    """Raises Fault where the dense part is to be compiled for a CPU and there is no C++ compiler."""
-    compiler = os.environ.get("CXX", "g++")
-    if settings.compile == "inductor" and settings.device == "cpu" and not shutil.which(compiler):
-        got, remedy = f"no '{compiler}' on PATH", "install g++, set CXX, or set train.compile = 'none'"
-        raise Fault("train.compile", got=got, wanted="a C++ compiler", remedy=remedy)
 
 
 def slow_precision(settings: Train) -> str | None:

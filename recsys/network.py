@@ -62,10 +62,6 @@ class Network(nn.Module):
         rows_BSW = rows_BD[:, :end].view(len(ids_BS), layout.vectors, layout.width)
         return layout.inputs(rows_BSW, rows_BD[:, end::LANE], ids_BS=ids_BS, floats_BN=floats_BN)
 
-    def compile_dense(self) -> None:
-        """Fuses the dense part, forward and backward, by torch's inductor; batches have to be of one size."""
-        self.score = torch.compile(self.score, dynamic=False)  # type: ignore[method-assign]
-
     def lookups(self, ids_BS: Tensor) -> KeyedJaggedTensor:
         """One id or none for each slot and row, slot after slot: bags are pooled outside of the tables."""
         ids_SB = ids_BS.index_select(1, self.columns).t()

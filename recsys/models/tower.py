@@ -6,7 +6,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from etl.spec import Section
-from recsys.models.layers import Activation, Dropout, Linear, activation, batch_norm
+from recsys.models.layers import Activation, Dropout, activation, batch_norm
+from recsys.models.linear import Linear
 
 Widths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, description="widths of the hidden layers")]
 Keep = Annotated[float, Field(gt=0, le=1)]

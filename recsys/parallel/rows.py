@@ -159,7 +159,7 @@ class RowGroup:
         if self.l2_W is not None and not self._whole_l2:
             gradient_RW.addcmul_(self.weights_RW.index_select(0, touched_R), self.l2_W)
         if self._every:
-            gradient_RW = torch.zeros_like(self.weights_RW).index_copy_(0, touched_R, gradient_RW)
+            gradient_RW = gradient_RW.new_zeros(self.weights_RW.shape).index_copy_(0, touched_R, gradient_RW)
             if self.l2_W is not None and self._whole_l2:
                 gradient_RW.addcmul_(self.weights_RW, self.l2_W)
             self._update([self.weights_RW, *self.states], gradient_RW, optimizer=optimizer)
