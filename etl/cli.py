@@ -26,26 +26,33 @@ def run(
     engine: Annotated[str | None, typer.Option(help="Overrides etl.engine.")] = None,
     out: Annotated[Path | None, typer.Option(help="The dataset folder; default out/<name>/data.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Overrides one key: --set data.split.seed=7.")] = None,
+    extend: Annotated[
+        Path | None, typer.Option(help="A dataset folder whose tables and counts go on from here.")
+    ] = None,
+    refit_numbers: Annotated[bool, typer.Option(help="With --extend: fill and scale by the new rows alone.")] = False,
 ) -> None:
     """Fit the transform on the training rows and encode all splits.
 
     A folder that was made from the same sections of the experiment and the same raw files is left as it is.
+    With --extend the experiment names new training files: new values get new rows, no older row moves.
     """
     with exit_on_fault():
         from etl.experiment_file import load_feature_spec
+        from etl.extend import added_rows, read_parent
         from etl.run import run as run_etl
         from etl.run import up_to_date
 
         overrides = [*(set_ or []), *([f"etl.engine={engine}"] if engine else [])]
         name, spec = load_feature_spec(experiment, overrides=overrides)
         folder = out or Path("out") / name / "data"
-        if up_to_date(spec, folder):
+        parent = read_parent(spec, extend, refit_numbers=refit_numbers)
+        if up_to_date(spec, folder, parent=parent):
             print(f"{folder}: up to date")
             return
         with _Progress() as report:
-            manifest = run_etl(spec, folder, report=report)
+            manifest = run_etl(spec, folder, report=report, parent=parent)
         rows = ", ".join(f"{split} {s['rows']:,}" for split, s in manifest["splits"].items())
-        print(f"{folder}: {rows} rows")
+        print("\n".join([f"{folder}: {rows} rows", *added_rows(manifest)]))
 
 
 @app.command()

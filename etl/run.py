@@ -1,6 +1,7 @@
 """The ETL job: stage typed raw rows, fit on the training rows alone, encode every split, write the folder at once."""
 
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,9 @@ import pyarrow.parquet as pq
 from etl import sources
 from etl.artifact import Json, new_folder, read_json, sha256, write_json
 from etl.engines.polars import fit
+from etl.extend import Parent, extends, record
 from etl.faults import Fault
+from etl.folds import OutOfFold
 from etl.pack import encode
 from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
 from etl.spec import FeatureSpec, Task
@@ -27,8 +30,10 @@ Part = TypeVar("Part")
 Done = TypeVar("Done")
 
 
-def run(spec: FeatureSpec, out: Path, *, report: Report) -> Json:
+def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None = None) -> Json:
     """Makes the dataset folder and returns its manifest; `report` hears of (stage, rows so far).
+
+    With a parent the tables and counts continue the parent's.
 
     Raises:
         Fault: whatever is wrong with the raw files or a column; an old folder stays as it was.
@@ -37,7 +42,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report) -> Json:
         raw = folder / "raw"
         raw.mkdir()
         label_rates = _stage(spec, raw, report=report)
-        state, features, tables = fit(spec, raw / "train.parquet", transform=folder / "transform")
+        state, features, tables = fit(spec, raw / "train.parquet", transform=folder / "transform", parent=parent)
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),
@@ -49,10 +54,10 @@ def run(spec: FeatureSpec, out: Path, *, report: Report) -> Json:
         schema.write(folder)
         stats = {split: _encode(spec, split, folder=folder, schema=schema, report=report) for split in SPLITS}
         for split in SPLITS:
-            (raw / f"{split}.parquet").unlink()
             stats[split]["label_rate"] = label_rates[split]
-        raw.rmdir()
+        shutil.rmtree(raw)
         manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
+        manifest |= record(spec, parent, tables=tables)
         manifest["files"] = _files(folder)
         write_json(folder / "manifest.json", manifest)
     return manifest
@@ -62,13 +67,14 @@ def _task(task: Task, *, rate: float) -> TaskColumn:
     return TaskColumn(name=task.name, positive_rate=rate, weight=task.weight, given=task.given)
 
 
-def up_to_date(spec: FeatureSpec, out: Path) -> bool:
-    """Whether the folder was made from these sections and from the raw files as they are now."""
+def up_to_date(spec: FeatureSpec, out: Path, *, parent: Parent | None = None) -> bool:
+    """Whether the folder was made from these sections, from the raw files as they are now and from this parent."""
     manifest = out / "manifest.json"
     if not manifest.is_file():
         return False
     made = read_json(manifest, remedy="delete the folder and run the ETL again")
-    return bool(made["hash"] == spec.data_hash() and made["raw"] == _raw_files(spec))
+    same = made["hash"] == spec.data_hash() and made["raw"] == _raw_files(spec)
+    return bool(same and extends(made, parent, folder=out))
 
 
 def _raw_files(spec: FeatureSpec) -> dict[str, list[int]]:
@@ -172,13 +178,14 @@ def _encode(spec: FeatureSpec, split: str, *, folder: Path, schema: Schema, repo
     (folder / split).mkdir()
     names = [step["name"] for step in transform.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
+    out_of_fold = OutOfFold.load(folder) if split == "train" else OutOfFold({}, transform.signature)
     shards = _Shards(folder / split, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
 
     def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
         first, batch = part
         raw = pa.Table.from_batches([batch]).select(list(transform.signature.columns))
         encoded = encode(raw, transform, place=f"{split} rows {first + 1} to {first + batch.num_rows}")
-        columns = encoded_columns(encoded, schema)
+        columns = encoded_columns(encoded, schema) | out_of_fold.columns(raw, first_row=first)
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
         return encoded, pa.table(columns | ({GROUP: batch[GROUP]} if spec.data.group else {}))
 

@@ -1,20 +1,19 @@
 """The feature spec: what an experiment file says about raw data, features, labels and splits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from etl.artifact import digest
+from etl.numeric import Count as Count
+from etl.numeric import Numeric as Numeric
+from etl.numeric import Target as Target
+from etl.section import ColumnNames, IdSection, expanded
+from etl.section import Name as Name
+from etl.section import Section as Section
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
 DType = Literal["string", "int64", "float64", "list<string>", "list<int64>", "list<float64>"]
-
-
-class Section(BaseModel):
-    """A part of the experiment file: frozen, strict, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Split(Section):
@@ -39,13 +38,7 @@ class Data(Section):
     split: Split = Field(default_factory=Split)
 
 
-class _Id(Section):
-    """What every feature that reads an embedding row shares."""
-
-    linear_only: bool = Field(False, description="a first-order weight alone, no embedding vector")
-
-
-class _Looked(_Id):
+class _Looked(IdSection):
     """What features with a vocabulary or a hash share. Features with one `table` share its rows and its settings."""
 
     name: Name | None = Field(None, description="defaults to the column's name")
@@ -66,7 +59,7 @@ class Categorical(_Looked):
     """A string or integer id looked up in a vocabulary fitted on the training rows, or hashed."""
 
     type: Literal["categorical"]
-    columns: list[Name] = Field([], description="several columns, each a feature of its own")
+    columns: list[ColumnNames] = Field([], description="several columns or ranges (C1..C26), each a feature of its own")
 
 
 class _Listed(_Looked):
@@ -91,41 +84,7 @@ class Sequence(_Listed):
     combiner: Literal["sum", "mean"] = Field("mean", description="for models that pool the sequence")
 
 
-class Numeric(_Id):
-    """A number: a dense input, buckets that are looked up like ids, or a field, one row multiplied by the number."""
-
-    type: Literal["numeric"]
-    name: Name | None = Field(None, description="defaults to the column's name")
-    column: str | None = Field(None, description="the raw column; defaults to the name")
-    columns: list[Name] = Field([], description="several columns, each a feature of its own")
-    as_: Literal["dense", "field", "buckets"] = Field("dense", alias="as")
-    fill: float | Literal["mean"] = Field(
-        "mean", description="dense and field: value of a missing number (training mean)"
-    )
-    clip: tuple[float, float] | None = Field(
-        None, description="dense and field: lowest and highest value kept", strict=False
-    )
-    log1p: bool = Field(False, description="dense and field: log(1 + x); values below 0 count as 0")
-    standardize: bool = Field(True, description="dense and field: subtract the training mean, divide by the deviation")
-    boundaries: list[float] = Field([], description="buckets: ascending inner edges; x < edge stays left")
-    quantiles: int | None = Field(None, ge=2, description="buckets: this many, with edges at training quantiles")
-
-    @model_validator(mode="after")
-    def _bucket_edges(self) -> "Numeric":
-        if self.as_ == "buckets" and bool(self.boundaries) == (self.quantiles is not None):
-            raise ValueError("as = 'buckets' needs either 'boundaries' or 'quantiles'")
-        if self.as_ != "buckets" and (self.boundaries or self.quantiles):
-            raise ValueError("'boundaries' and 'quantiles' belong to as = 'buckets'")
-        if self.as_ == "dense" and self.linear_only:
-            raise ValueError("'linear_only' belongs to as = 'buckets' and as = 'field'")
-        if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
-            raise ValueError("'boundaries' must ascend")
-        if self.clip and self.clip[0] >= self.clip[1]:
-            raise ValueError("'clip' must be [lowest, highest]")
-        return self
-
-
-class Cross(_Id):
+class Cross(IdSection):
     """The combination of two or more id features, hashed into its own table."""
 
     type: Literal["cross"]
@@ -134,7 +93,8 @@ class Cross(_Id):
     hash_rows: int = Field(ge=2, description="rows of the table, row 0 (a part is missing) included")
 
 
-Feature = Annotated[Categorical | Bag | Sequence | Numeric | Cross, Field(discriminator="type")]
+Resolved = Categorical | Bag | Sequence | Numeric | Cross | Target | Count
+Feature = Annotated[Resolved, Field(discriminator="type")]
 
 
 class Task(Section):
@@ -210,12 +170,30 @@ class FeatureSpec(Section):
         """Raw feature columns with the type in which they are read, in the order of first use."""
         types: dict[str, DType] = {}
         for column, wanted in self._uses():
-            pair = {types.setdefault(column, wanted), wanted}
-            if pair == {"int64", "float64"}:
-                types[column] = "int64"
-            elif len(pair) > 1:
-                raise ValueError(f"column '{column}' is read as {' and as '.join(sorted(pair))}: set dtype = 'int64'")
+            types[column] = _read_as(column, wanted, types=types)
+        for feature in self.encodings():
+            for column in feature.by:
+                known = types.get(column)
+                wanted = known if known in ("string", "int64") else feature.dtype
+                types[column] = _read_as(column, wanted, types=types)
         return types
+
+    def encodings(self) -> list[Target | Count]:
+        """The features that stand for what the training rows say about a value; the task of each target is set."""
+        tasks = [task.name for task in self.tasks]
+        found: list[Target | Count] = []
+        for feature in resolve(self.features):
+            if isinstance(feature, Target):
+                named = feature.task or (tasks[0] if len(tasks) == 1 else None)
+                if named not in tasks:
+                    raise ValueError(f"target '{feature.name}': task must be one of {', '.join(tasks)}")
+                found.append(feature.model_copy(update={"task": named}))
+            elif isinstance(feature, Count):
+                found.append(feature)
+        labels = {task.label for task in self.tasks}
+        if leaks := [f"'{f.name}' by '{c}'" for f in found for c in f.by if c in labels]:
+            raise ValueError(f"encoding {leaks[0]}: that is a label")
+        return found
 
     def _uses(self) -> Iterator[tuple[str, DType]]:
         for feature in resolve(self.features):
@@ -223,7 +201,7 @@ class FeatureSpec(Section):
                 yield column_of(feature), "list<string>" if feature.dtype == "string" else "list<int64>"
                 if isinstance(feature, Bag) and feature.weight_column:
                     yield feature.weight_column, "list<float64>"
-            elif not isinstance(feature, Cross):
+            elif not isinstance(feature, Cross | Target | Count):
                 yield column_of(feature), feature.dtype if isinstance(feature, Categorical) else "float64"
 
     def slots(self) -> dict[str, int]:
@@ -263,20 +241,30 @@ class FeatureSpec(Section):
         return tables
 
 
-def resolve(features: list[Feature]) -> Iterator[Categorical | Bag | Sequence | Numeric | Cross]:
+def resolve(features: list[Feature]) -> Iterator[Resolved]:
     """Blocks that name several columns become one feature a column; every name is set."""
     for index, feature in enumerate(features):
-        if isinstance(feature, Cross):
+        if isinstance(feature, Cross | Target | Count):
             yield feature
         elif columns := getattr(feature, "columns", []):
             if feature.name or feature.column:
                 raise ValueError(f"features.{index}: 'columns' excludes 'name' and 'column'")
-            for column in columns:
+            for column in expanded(columns):
                 yield feature.model_copy(update={"name": column, "column": column, "columns": []})
         elif name := feature.name or feature.column:
             yield feature.model_copy(update={"name": name, "column": feature.column or name})
         else:
             raise ValueError(f"features.{index}: needs 'name', 'column' or 'columns'")
+
+
+def _read_as(column: str, wanted: DType, *, types: Mapping[str, DType]) -> DType:
+    """The type that serves all features of a column."""
+    pair = {types.get(column, wanted), wanted}
+    if pair == {"int64", "float64"}:
+        return "int64"
+    if len(pair) > 1:
+        raise ValueError(f"column '{column}' is read as {' and as '.join(sorted(pair))}: set dtype = 'int64'")
+    return wanted
 
 
 def column_of(feature: Categorical | Bag | Sequence | Numeric) -> str:

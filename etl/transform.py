@@ -8,7 +8,7 @@ as it may have values, the unused ones last. `Transform` holds the fitted state 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ Float32s = npt.NDArray[np.float32]
 
 State = Mapping[str, Any]
 """A part of transform.json, or of the signature, as JSON values."""
+Encodings = Mapping[str, Callable[[Int64s], Float64s]]
+"""Numbers of keys, by dense input."""
 
 MISSING_KEY = np.iinfo(np.int64).min
 NO_KEY = MISSING_KEY + 1
@@ -170,23 +172,34 @@ class Vocabulary:
         return (mix(keys) >> self._shift).astype(np.int64)
 
 
+def encoding(path: Path, *, other: float) -> Callable[[Int64s], Float64s]:
+    """Numbers of keys, from a parquet with the columns key and value; `other` where a key is missing or unseen."""
+    table = pq.read_table(path, columns=["key", "value"])
+    values = np.append(other, table["value"].to_numpy())
+    vocabulary = Vocabulary(table["key"].to_numpy(), np.arange(1, len(values), dtype=np.int64))
+    return lambda keys: values.take(vocabulary(keys))
+
+
 class Transform:
     """The fitted state of a dataset folder's `transform/`."""
 
-    def __init__(self, state: State, vocabularies: Mapping[str, Vocabulary]) -> None:
+    def __init__(self, state: State, tables: Mapping[str, Vocabulary], *, encodings: Encodings | None = None) -> None:
         self.signature = Signature.from_json(state["signature"])
         self.features: list[State] = state["features"]
         self.dense: list[State] = state["dense"]
-        self._vocabularies = vocabularies
+        self._vocabularies, self._encodings = tables, encodings or {}
         self._key_places = self.signature.places(self.signature.keys)
         self._number_places = self.signature.places(self.signature.numbers)
 
     @classmethod
     def load(cls, folder: Path) -> "Transform":
-        """Reads `transform.json` and the vocabularies it names."""
+        """Reads `transform.json`, and the vocabularies and encodings it names."""
         state = json.loads((folder / "transform.json").read_text(encoding="utf-8"))
         tables = {step["table"] for step in state["features"] if step["kind"] == "vocabulary"}
-        return cls(state, {t: Vocabulary.read(folder / "vocabulary" / f"{t}.parquet") for t in sorted(tables)})
+        vocabularies = {t: Vocabulary.read(folder / "vocabulary" / f"{t}.parquet") for t in sorted(tables)}
+        others = {step["name"]: step["other"] for step in state["dense"] if "by" in step}
+        encodings = {n: encoding(folder / "encoding" / f"{n}.parquet", other=other) for n, other in others.items()}
+        return cls(state, vocabularies, encodings=encodings)
 
     def apply(self, packed: Packed) -> Encoded:
         """Packed rows [B, ...] that passed `check` to ids [B, S] and floats [B, N]; never fails."""
@@ -198,7 +211,7 @@ class Transform:
             if (value := self._values(step, packed=packed)) is not None:
                 values.append(value)
         size, none = len(packed.keys), np.zeros((len(packed.keys), 0))
-        dense = [scale(packed.numbers[:, self._number_places[step["column"]]], step) for step in self.dense]
+        dense = [self._dense(step, packed) for step in self.dense]
         missing = np.array([np.count_nonzero(key == MISSING_KEY) for key in keys.values()], np.int64)
         zeros = np.array([np.count_nonzero(rows == 0) for rows in ids], np.int64)
         return Encoded(
@@ -208,11 +221,17 @@ class Transform:
             zeros - missing,
         )
 
+    def _dense(self, step: State, packed: Packed) -> Float64s:
+        """One dense input [B, 1]: the number of a value, or a scaled number."""
+        if "by" not in step:
+            return scale(packed.numbers[:, self._number_places[step["column"]]], step)
+        return self._encodings[step["name"]](crossed([packed.keys[:, self._key_places[name]] for name in step["by"]]))
+
     def _key(self, step: State, *, packed: Packed, keys: Mapping[str, Int64s]) -> Int64s:
         """The values [B, slots] of an id feature before its table is looked up."""
         kind = step["kind"]
         if kind == "cross":
-            return _crossed([keys[name] for name in step["inputs"]])
+            return crossed([keys[name] for name in step["inputs"]])
         if kind == "buckets":
             return bucket_keys(packed.numbers[:, self._number_places[step["column"]]], step["boundaries"])
         if kind == "field":
@@ -256,10 +275,10 @@ class Transform:
 def bucket_keys(numbers: Float64s, boundaries: Sequence[float]) -> Int64s:
     """Bucket 0 lies below the first edge, an edge opens the bucket at its right; missing stays missing."""
     buckets = np.searchsorted(np.asarray(boundaries, np.float64), numbers, side="right").astype(np.int64)
-    return np.where(numbers == MISSING_NUMBER, MISSING_KEY, buckets)
+    return np.where((numbers == MISSING_NUMBER) | np.isnan(numbers), MISSING_KEY, buckets)
 
 
-def _crossed(parts: Sequence[Int64s]) -> Int64s:
+def crossed(parts: Sequence[Int64s]) -> Int64s:
     """One key of several, in their order; missing where a part is."""
     crossed = np.zeros_like(parts[0])
     for part in parts:
@@ -269,8 +288,8 @@ def _crossed(parts: Sequence[Int64s]) -> Int64s:
 
 
 def scale(numbers: Float64s, step: State) -> Float64s:
-    """Fill, clip, log1p, standardize, in this order and in float64."""
-    x = np.where(numbers == MISSING_NUMBER, step["fill"], numbers)
+    """Fill, clip, log1p, scale, in this order and in float64; min-max scaling takes the lowest number and the range."""
+    x = np.where((numbers == MISSING_NUMBER) | np.isnan(numbers), step["fill"], numbers)
     x = np.clip(x, *step["clip"]) if step["clip"] else x
     x = np.log1p(np.maximum(x, 0.0)) if step["log1p"] else x
     scaled: Float64s = (x - step["mean"]) / step["std"]

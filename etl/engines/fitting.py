@@ -1,0 +1,34 @@
+"""What one fit reads and writes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from etl.extend import Parent
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The staged training rows of a dataset folder that is being made, and the folder that it extends, if it does."""
+
+    folder: Path
+    train: Path
+    parent: Parent | None
+
+    @property
+    def new(self) -> pl.LazyFrame:
+        """The training rows that count: all of them, or none where the parent holds the same ones."""
+        rows = pl.scan_parquet(self.train)
+        return rows if self.parent is None or self.parent.new_rows else rows.head(0)
+
+    def of_parent(self, file: str, otherwise: pl.DataFrame) -> pl.DataFrame:
+        """A parquet file of the parent's folder."""
+        path = self.parent.folder / file if self.parent else None
+        return pl.read_parquet(path) if path and path.is_file() else otherwise
+
+    def write(self, file: str, table: pl.DataFrame) -> None:
+        """Writes a parquet file of the folder."""
+        path = self.folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.write_parquet(path)
