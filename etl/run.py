@@ -15,11 +15,10 @@ import pyarrow.parquet as pq
 
 from etl import sources
 from etl.artifact import Json, new_folder, read_json, sha256, write_json
-from etl.engines.polars import fit
+from etl.engines import Engine, open_engine
 from etl.extend import Parent, extends, record
 from etl.faults import Fault
 from etl.folds import OutOfFold
-from etl.pack import encode
 from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
 from etl.spec import FeatureSpec, Task
 from etl.transform import Encoded, Transform, mix
@@ -38,11 +37,11 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     Raises:
         Fault: whatever is wrong with the raw files or a column; an old folder stays as it was.
     """
-    with new_folder(out, marker="manifest.json") as folder:
+    with new_folder(out, marker="manifest.json") as folder, open_engine(spec.etl, beside=folder) as engine:
         raw = folder / "raw"
         raw.mkdir()
         label_rates = _stage(spec, raw, report=report)
-        state, features, tables = fit(spec, raw / "train.parquet", transform=folder / "transform", parent=parent)
+        state, features, tables = engine.fit(spec, raw / "train.parquet", transform=folder / "transform", parent=parent)
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),
@@ -52,7 +51,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
             group=spec.data.group is not None,
         )
         schema.write(folder)
-        stats = {split: _encode(spec, split, folder=folder, schema=schema, report=report) for split in SPLITS}
+        stats = {s: _encode(spec, s, engine=engine, folder=folder, schema=schema, report=report) for s in SPLITS}
         for split in SPLITS:
             stats[split]["label_rate"] = label_rates[split]
         shutil.rmtree(raw)
@@ -172,9 +171,13 @@ def _column(matrix: npt.NDArray[Any], *, filled: npt.NDArray[np.bool_], dtype: s
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
 
 
-def _encode(spec: FeatureSpec, split: str, *, folder: Path, schema: Schema, report: Report) -> Json:
+def _encode(
+    spec: FeatureSpec, split: str, *, engine: Engine, folder: Path, schema: Schema, report: Report
+) -> Json:
     """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
     transform = Transform.load(folder / "transform")
+    staged = folder / "raw" / f"{split}.parquet"
+    encode = engine.encoder(staged, transform)
     (folder / split).mkdir()
     names = [step["name"] for step in transform.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
@@ -184,12 +187,12 @@ def _encode(spec: FeatureSpec, split: str, *, folder: Path, schema: Schema, repo
     def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
         first, batch = part
         raw = pa.Table.from_batches([batch]).select(list(transform.signature.columns))
-        encoded = encode(raw, transform, place=f"{split} rows {first + 1} to {first + batch.num_rows}")
+        encoded = encode(raw, first)
         columns = encoded_columns(encoded, schema) | out_of_fold.columns(raw, first_row=first)
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
         return encoded, pa.table(columns | ({GROUP: batch[GROUP]} if spec.data.group else {}))
 
-    file = pq.ParquetFile(folder / "raw" / f"{split}.parquet")
+    file = pq.ParquetFile(staged)
     for encoded, table in _in_order(encoded_rows, _numbered(file.iter_batches(batch_size=spec.etl.rows_per_group))):
         missing += encoded.missing
         unseen += encoded.unseen

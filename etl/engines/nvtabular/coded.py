@@ -1,0 +1,116 @@
+"""What the Workflow wrote -> ids and floats in the order of the schema, and counts of missing and unseen values."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from etl.engines.nvtabular.plan import Plan
+from etl.engines.nvtabular.prepare import unmarked
+from etl.pack import pack
+from etl.transform import MISSING_NUMBER, NO_KEY, Encoded, Float64s, Int64s, Signature, State, beside
+
+FIRST_CODE = 3
+"""The code of Categorify's first value; those below stand for padding, null and unseen."""
+
+
+class Parts:
+    """The parts of a split, a file each, in row order."""
+
+    def __init__(self, files: Sequence[Path], rows: Sequence[int]) -> None:
+        self._files, self._ends = list(files), np.cumsum(rows)
+        self._read = lru_cache(maxsize=4)(pq.read_table)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __call__(self, first: int, rows: int) -> pa.Table:
+        """Rows `first` to `first + rows - 1`."""
+        found, last = [], first + rows
+        for at in range(int(np.searchsorted(self._ends, first, side="right")), len(self._files)):
+            start = int(self._ends[at - 1]) if at else 0
+            if start >= last:
+                break
+            low, high = max(first - start, 0), min(last, int(self._ends[at])) - start
+            found.append(self._read(self._files[at]).slice(low, high - low))
+        return pa.concat_tables(found)
+
+
+class Coded:
+    """Encodes the rows of one split from its parts. Ids of a list beyond `max_length` are dropped, oldest first."""
+
+    def __init__(self, parts: Parts, *, plan: Plan, features: Sequence[State], signature: Signature) -> None:
+        self._parts, self._plan, self._features = parts, plan, features
+        self._weights = _of_weights(features, signature)
+        self._dense = [name for name, feature in plan.numbers.items() if feature.as_ == "dense"]
+        keys = {plan.of[step["name"]]: step for step in features if step["kind"] != "field"}
+        listed = {name: step["column"] for name, step in keys.items() if step.get("column") in signature.slots}
+        self._ids = Signature(
+            columns={name: "list<int64>" if name in listed else "int64" for name in keys},
+            keys=tuple(keys),
+            numbers=(),
+            slots={name: signature.slots[column] for name, column in listed.items()},
+            newest=tuple(name for name, column in listed.items() if column in signature.newest),
+        )
+        self._places = self._ids.places(self._ids.keys)
+
+    def __call__(self, raw: pa.Table, first: int) -> Encoded:
+        """Ids and floats of these rows of the split."""
+        coded = self._parts(first, raw.num_rows)
+        packed = pack(pa.table({name: self._column(name, coded) for name in self._ids.keys}), self._ids)
+        ids = [self._rows(step, packed.keys) for step in self._features]
+        zeros = np.array([np.count_nonzero(rows == 0) for rows in ids], np.int64)
+        unseen = np.array([np.count_nonzero(rows == UNSEEN) for rows in ids], np.int64)
+        none = np.empty((raw.num_rows, 0))
+        dense = [coded[name].to_numpy()[:, None] for name in self._dense]
+        weights = pack(raw.select(list(self._weights.numbers)), self._weights).numbers
+        values = [v for step in self._features if (v := self._values(step, coded, weights=weights)) is not None]
+        rows = [np.where(row == NO_KEY, -1, np.maximum(row, 0)) for row in ids]
+        return Encoded(
+            beside([none.astype(np.int64), *rows]),
+            beside([none, *dense, *values]).astype(np.float32),
+            zeros,
+            unseen,
+        )
+
+    def _column(self, name: str, coded: pa.Table) -> pa.Array:
+        """Rows of the table as numbers or lists of them: 0 missing, -1 unseen."""
+        column = coded[name].combine_chunks()
+        column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+        if name in self._ids.slots:
+            column = unmarked(column)
+        if name not in self._plan.vocabulary_columns:
+            return column
+        values = column.values if name in self._ids.slots else column
+        rows = pa.array(values.to_numpy(zero_copy_only=False) - FIRST_CODE)
+        return pa.LargeListArray.from_arrays(column.offsets, rows) if name in self._ids.slots else rows
+
+    def _rows(self, step: State, keys: Int64s) -> Int64s:
+        if step["kind"] == "field":
+            return np.ones((len(keys), 1), np.int64)
+        return keys[:, self._places[self._plan.of[step["name"]]]]
+
+    def _values(self, step: State, coded: pa.Table, *, weights: Float64s) -> Float64s | None:
+        if step["kind"] == "field":
+            numbers: npt.NDArray[np.float64] = coded[self._plan.of[step["name"]]].to_numpy()
+            return numbers[:, None]
+        if not step.get("weights"):
+            return None
+        found = weights[:, self._weights.places(self._weights.numbers)[step["weights"]]]
+        return np.where(found == MISSING_NUMBER, 0.0, found)
+
+
+UNSEEN = -1
+
+
+def _of_weights(features: Sequence[State], signature: Signature) -> Signature:
+    """What packs the weight columns alone."""
+    names = tuple(dict.fromkeys(step["weights"] for step in features if step.get("weights")))
+    slots: Mapping[str, int] = {name: signature.slots[name] for name in names}
+    return Signature({name: signature.columns[name] for name in names}, (), names, dict(slots), ())
