@@ -171,9 +171,7 @@ def _column(matrix: npt.NDArray[Any], *, filled: npt.NDArray[np.bool_], dtype: s
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
 
 
-def _encode(
-    spec: FeatureSpec, split: str, *, engine: Engine, folder: Path, schema: Schema, report: Report
-) -> Json:
+def _encode(spec: FeatureSpec, split: str, *, engine: Engine, folder: Path, schema: Schema, report: Report) -> Json:
     """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
     transform = Transform.load(folder / "transform")
     staged = folder / "raw" / f"{split}.parquet"

@@ -101,7 +101,9 @@ class NVTabular:
         with quiet():
             frames = self._graph.workflow.transform(dataset).to_ddf().to_delayed()
         files = [folder / f"part-{at:06d}.parquet" for at in range(len(frames))]
-        rows = self._workers.compute([delayed(_write)(frame, str(file)) for frame, file in zip(frames, files, strict=True)])
+        rows = self._workers.compute(
+            [delayed(_write)(frame, str(file)) for frame, file in zip(frames, files, strict=True)]
+        )
         self._prepared(staged).unlink()
         if sum(rows) != expected:
             raise refused(f"data.{staged.stem}", what=f"{sum(rows)} of {expected} rows")

@@ -65,7 +65,7 @@ except ImportError as error:
         "etl.engine",
         got=f"no NVTabular in this environment ({error})",
         wanted="the extra 'nvtabular'",
-        remedy="with Python 3.11 run `make setup`, which installs it, or set engine = \"polars\"",
+        remedy='with Python 3.11 run `make setup`, which installs it, or set engine = "polars"',
     ) from None
 
 VERSION: str = nvtabular.__version__

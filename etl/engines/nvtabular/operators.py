@@ -159,7 +159,7 @@ class Scale(Normalize):
 
 
 class Buckets(Bucketize):
-    """Bucketize whose rows are 1 for numbers below the first edge and on, and 0 where there is none; its own: the top."""
+    """Bucketize whose rows start at 1, so that 0 is left for missing numbers; Bucketize puts them into the top."""
 
     def transform(self, col_selector: ColumnSelector, df: Any) -> Any:
         """The rows."""

@@ -22,6 +22,8 @@ from etl.faults import Fault
 from etl.pack import pack, text_keys, typed_column
 from etl.spec import column_of
 from etl.transform import MISSING_KEY, MISSING_NUMBER, NO_KEY, Packed, Signature, Transform
+
+
 def prepare(staged: Path, target: Path, *, plan: Plan, checked: Transform, batch_rows: int) -> int:
     """Writes the prepared rows of a split, a row group a batch, and returns their number.
 
