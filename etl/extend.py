@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from etl import sources
 from etl.artifact import Json, digest, read_json, sha256
 from etl.faults import Fault, Faults
+from etl.formats import files
 from etl.schema import Table, read_schema
 from etl.spec import FeatureSpec, resolve
 
@@ -134,10 +134,10 @@ def _said(settings: Json, key: str) -> str:
 
 def _training(spec: FeatureSpec) -> Json:
     """The training files, each with its bytes and time of change, and a digest of what else decides their rows."""
-    paths = sources.files(spec.data.train, what="train")
-    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    paths = files(spec.data.train, what="train")
+    stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     rules: dict[str, Any] = spec.data.model_dump(mode="json", exclude={"train"})
-    return {"files": files, "rules": digest(rules | {split: bool(rules[split]) for split in ("valid", "test")})}
+    return {"files": stats, "rules": digest(rules | {split: bool(rules[split]) for split in ("valid", "test")})}
 
 
 def _are_new(own: Json, seen: Sequence[Json], *, place: str) -> bool:

@@ -13,18 +13,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from etl import sources
 from etl.artifact import Json, new_folder, read_json, sha256, write_json
 from etl.engines import Engine, open_engine
 from etl.extend import Parent, extends, record
-from etl.faults import Fault
 from etl.folds import OutOfFold
+from etl.formats import files
 from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
 from etl.spec import FeatureSpec, Task
-from etl.transform import Encoded, Transform, mix
+from etl.splits import SPLITS
+from etl.stage import Report, stage
+from etl.transform import Encoded, Transform
 
-SPLITS = ("train", "valid", "test")
-Report = Callable[[str, int], None]
 Part = TypeVar("Part")
 Done = TypeVar("Done")
 
@@ -40,7 +39,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     with new_folder(out, marker="manifest.json") as folder, open_engine(spec.etl, beside=folder) as engine:
         raw = folder / "raw"
         raw.mkdir()
-        label_rates = _stage(spec, raw, report=report)
+        label_rates = stage(spec, raw, report=report)
         state, features, tables = engine.fit(spec, raw / "train.parquet", transform=folder / "transform", parent=parent)
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
@@ -78,76 +77,8 @@ def up_to_date(spec: FeatureSpec, out: Path, *, parent: Parent | None = None) ->
 
 def _raw_files(spec: FeatureSpec) -> dict[str, list[int]]:
     """Raw file -> bytes and time of change, to notice new data."""
-    paths = [path for split in SPLITS for path in sources.files(getattr(spec.data, split), what=split)]
+    paths = [path for split in SPLITS for path in files(getattr(spec.data, split), what=split)]
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
-
-
-def _stage(spec: FeatureSpec, raw: Path, *, report: Report) -> dict[str, dict[str, float]]:
-    """Raw files -> one typed parquet a split; the positive rate of each label by split."""
-    data = spec.data
-    writers = {split: _Stage(raw / f"{split}.parquet") for split in SPLITS}
-    for split in SPLITS:
-        if split == "valid" and not data.valid:
-            continue
-        at = 0
-        for batch in sources.read_batches(spec, sources.files(getattr(data, split), what=split)):
-            if split == "train" and not data.valid:
-                held_out = _held_out(at, batch.num_rows, seed=data.split.seed, fraction=data.split.valid_fraction)
-                writers["valid"].write(batch.filter(pa.array(held_out)))
-                batch = batch.filter(pa.array(~held_out))
-            at += len(held_out) if split == "train" and not data.valid else batch.num_rows
-            writers[split].write(batch)
-            report(f"read {split}", at)
-    return {split: _label_rates(spec, writer.close(), split=split) for split, writer in writers.items()}
-
-
-def _held_out(first_row: int, rows: int, *, seed: int, fraction: float) -> npt.NDArray[np.bool_]:
-    """Which rows go to validation: a hash of seed and position, whatever the batches."""
-    position = np.arange(first_row, first_row + rows, dtype=np.int64)
-    start = mix(np.array([seed], np.int64)).view(np.int64)
-    share = mix(position ^ start) / np.float64(2**64)
-    return np.asarray(share < fraction)
-
-
-class _Stage:
-    """One split's staged rows, written as they come."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._writer: pq.ParquetWriter | None = None
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self.path, batch.schema)
-        self._writer.write_batch(batch)
-
-    def close(self) -> Path:
-        if self._writer is not None:
-            self._writer.close()
-        return self.path
-
-
-def _label_rates(spec: FeatureSpec, staged: Path, *, split: str) -> dict[str, float]:
-    """Share of ones by task. Raises Fault where a split is empty or training has one class only."""
-    file = pq.ParquetFile(staged)
-    if not file.metadata.num_rows:
-        remedy = "raise data.split.valid_fraction or give more rows"
-        raise Fault(f"data.{split}", got="no rows", wanted="at least one", remedy=remedy)
-    ones = {task.name: 0.0 for task in spec.tasks}
-    for batch in file.iter_batches(columns=[f"label:{name}" for name in ones]):
-        labels = {name: batch[f"label:{name}"].to_numpy() for name in ones}
-        for task in spec.tasks:
-            ones[task.name] += float(labels[task.name].sum())
-            if task.implies and (wrong := int((labels[task.name] > labels[task.implies]).sum())):
-                got = f"{wrong} rows with '{task.name}' 1 and '{task.implies}' 0"
-                remedy = f"mend the rows, or drop 'implies' of task '{task.name}'"
-                raise Fault(f"data.{split}", got=got, wanted=f"'{task.implies}' 1 there", remedy=remedy)
-    rates = {name: count / file.metadata.num_rows for name, count in ones.items()}
-    if split == "train" and (flat := [name for name, rate in rates.items() if rate in (0.0, 1.0)]):
-        got = f"only class {rates[flat[0]]:.0f} for task '{flat[0]}'"
-        remedy = "check the task's column and its positive and negative texts"
-        raise Fault("data.train", got=got, wanted="both classes in the training rows", remedy=remedy)
-    return rates
 
 
 def encoded_columns(encoded: Encoded, schema: Schema) -> dict[str, pa.Array]:

@@ -1,11 +1,12 @@
 """The feature spec: what an experiment file says about raw data, features, labels and splits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from etl.artifact import digest
+from etl.data_spec import Data
 from etl.numeric import Count as Count
 from etl.numeric import Numeric as Numeric
 from etl.numeric import Target as Target
@@ -14,28 +15,7 @@ from etl.section import Name as Name
 from etl.section import Section as Section
 
 DType = Literal["string", "int64", "float64", "list<string>", "list<int64>", "list<float64>"]
-
-
-class Split(Section):
-    """How the training files are divided where no validation files are given."""
-
-    valid_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training rows held out for validation")
-    seed: int = Field(0, ge=0, description="the split depends on this seed and the row's position alone")
-
-
-class Data(Section):
-    """The raw files. Paths and globs are relative to the folder in which the command runs."""
-
-    format: Literal["csv", "tsv", "parquet"] = Field("csv", description="gz and zst are recognised by the file's name")
-    train: list[str] = Field(min_length=1, description="files or globs, read in sorted order within a glob")
-    valid: list[str] = Field([], description="validation files; empty: [data.split] divides the training files")
-    test: list[str] = Field(min_length=1, description="test files")
-    columns: list[str] = Field([], description="column names of files without a header line")
-    group: str | None = Field(None, description="a whole-number or text column, such as the user, for AUC by group")
-    null_values: list[str] = Field([""], description="texts that mean missing, compared after trimming")
-    comment: str | None = Field(None, min_length=1, description="lines that start with this text are skipped")
-    trim: bool = Field(True, description="remove spaces around each value")
-    split: Split = Field(default_factory=Split)
+_INNER: dict[DType, DType] = {"list<string>": "string", "list<int64>": "int64", "list<float64>": "float64"}
 
 
 class _Looked(IdSection):
@@ -169,7 +149,8 @@ class FeatureSpec(Section):
                 raise ValueError(
                     f"cross '{feature.name}': inputs must be categorical or bucket features, not {unknown}"
                 )
-        self.raw_columns()
+        self.data.check(self.raw_columns(), tasks=[task.name for task in self.tasks])
+        self.file_columns()
         self.shared_tables()
         self.slots()
         return self
@@ -179,16 +160,22 @@ class FeatureSpec(Section):
         return digest(self.model_dump(mode="json", by_alias=True, include=set(FeatureSpec.model_fields)))
 
     def raw_columns(self) -> dict[str, DType]:
-        """Raw feature columns with the type in which they are read, in the order of first use."""
-        types: dict[str, DType] = {}
-        for column, wanted in self._uses():
-            types[column] = _read_as(column, wanted, types=types)
+        """Raw feature columns, as a request holds them, with the type in which they are read, by first use."""
+        types = _agreed(self._uses())
         for feature in self.encodings():
             for column in feature.by:
                 known = types.get(column)
                 wanted = known if known in ("string", "int64") else feature.dtype
-                types[column] = _read_as(column, wanted, types=types)
+                types = _agreed([*types.items(), (column, wanted)])
         return types
+
+    def file_columns(self) -> dict[str, DType]:
+        """What the files have to hold of these: the collected columns instead of histories."""
+        sources = self.data.history_sources
+        return _agreed(
+            (sources[name], _INNER[dtype]) if name in sources else (name, dtype)
+            for name, dtype in self.raw_columns().items()
+        )
 
     def encodings(self) -> list[Target | Count]:
         """The features that stand for what the training rows say about a value; the task of each target is set."""
@@ -253,6 +240,18 @@ class FeatureSpec(Section):
         return tables
 
 
+def _agreed(uses: Iterable[tuple[str, DType]]) -> dict[str, DType]:
+    """One type a column. Raises ValueError where two uses of a column do not agree."""
+    types: dict[str, DType] = {}
+    for column, wanted in uses:
+        pair = {types.setdefault(column, wanted), wanted}
+        if pair == {"int64", "float64"}:
+            types[column] = "int64"
+        elif len(pair) > 1:
+            raise ValueError(f"column '{column}' is read as {' and as '.join(sorted(pair))}: set dtype = 'int64'")
+    return types
+
+
 def resolve(features: list[Feature]) -> Iterator[Resolved]:
     """Blocks that name several columns become one feature a column; every name is set."""
     for index, feature in enumerate(features):
@@ -267,16 +266,6 @@ def resolve(features: list[Feature]) -> Iterator[Resolved]:
             yield feature.model_copy(update={"name": name, "column": feature.column or name})
         else:
             raise ValueError(f"features.{index}: needs 'name', 'column' or 'columns'")
-
-
-def _read_as(column: str, wanted: DType, *, types: Mapping[str, DType]) -> DType:
-    """The type that serves all features of a column."""
-    pair = {types.get(column, wanted), wanted}
-    if pair == {"int64", "float64"}:
-        return "int64"
-    if len(pair) > 1:
-        raise ValueError(f"column '{column}' is read as {' and as '.join(sorted(pair))}: set dtype = 'int64'")
-    return wanted
 
 
 def column_of(feature: Categorical | Bag | Sequence | Numeric) -> str:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from etl.artifact import read_json
 from etl.experiment_file import parse
-from etl.spec import FeatureSpec, Name, Numeric, Section, Sequence, resolve
+from etl.spec import Count, FeatureSpec, Name, Numeric, Section, Sequence, Target, resolve
 from recsys.models import AnyModel
 from recsys.models.head import Sizes
 from recsys.optim import Name as OptimizerName
@@ -110,7 +110,8 @@ class Experiment(FeatureSpec):
     @model_validator(mode="after")
     def _model_has_what_it_needs(self) -> "Experiment":
         resolved = list(resolve(self.features))
-        ids = [f for f in resolved if not (isinstance(f, Numeric) and f.as_ == "dense")]
+        looked_up = [f for f in resolved if not isinstance(f, Target | Count)]
+        ids = [f for f in looked_up if not (isinstance(f, Numeric) and f.as_ == "dense")]
         vectors = [f for f in ids if self.model.vectors and not f.linear_only]
         sequences = [f for f in vectors if self.model.unpooled and isinstance(f, Sequence)]
         sizes = Sizes(

@@ -1,0 +1,106 @@
+"""The file formats: a file -> batches of the columns that are asked for, in bounded memory, not yet typed."""
+
+import csv
+import glob
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from etl.data_spec import Data
+from etl.faults import Fault
+from etl.libsvm import libsvm_batches
+
+_BLOCK_BYTES = 4 << 20  # the reader holds up to 32 blocks that wait
+
+
+def files(patterns: Sequence[str], *, what: str) -> list[Path]:
+    """The files that the patterns name, in order. Raises Fault where one names none, or two the same."""
+    found: list[Path] = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern))
+        if not matches:
+            remedy = "check the path; relative paths start in the current folder"
+            raise Fault(f"data.{what}", got=f"no file '{pattern}'", wanted="an existing file or glob", remedy=remedy)
+        found += [Path(match) for match in matches]
+    if repeated := [str(path) for path, times in Counter(found).items() if times > 1]:
+        got, remedy = f"{', '.join(repeated)} twice", "narrow the globs"
+        raise Fault(f"data.{what}", got=got, wanted="each file once", remedy=remedy)
+    return found
+
+
+def raw_batches(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """Parquet columns as they are typed; csv columns as trimmed texts with nulls; libsvm columns as texts and lists.
+
+    Raises:
+        Fault: an unreadable or truncated file, a missing column, a malformed line.
+    """
+    read = {"parquet": _parquet, "libsvm": libsvm_batches, "libffm": libsvm_batches}.get(data.format, _csv)
+    try:
+        yield from read(data, path, names=names)
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, csv.Error) as e:
+        remedy = "check the file, and [data] format, columns and comment"
+        wanted = f"a readable {data.format} file with the columns {', '.join(names)}"
+        raise Fault(str(path), got=str(e).strip(), wanted=wanted, remedy=remedy) from None
+
+
+def _parquet(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
+    file = pq.ParquetFile(path)
+    _check_columns(file.schema_arrow.names, names)
+    yield from file.iter_batches(columns=names)
+
+
+def _check_columns(present: list[str], names: list[str]) -> None:
+    if absent := [name for name in names if name not in present]:
+        raise pa.ArrowKeyError(f"no column {', '.join(absent)}; it has {', '.join(present)}")
+    if repeated := [name for name in names if present.count(name) > 1]:
+        raise pa.ArrowKeyError(f"column {', '.join(repeated)} twice")
+
+
+def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
+    def invalid(row: pa_csv.InvalidRow) -> str:
+        return "skip" if data.comment and row.text.startswith(data.comment) else "error"
+
+    delimiter = "\t" if data.format == "tsv" else ","
+    skipped, head = _leading(data, path)
+    if not data.columns and head:
+        _check_columns(next(csv.reader(head, delimiter=delimiter)), names)
+    if len(head) == (0 if data.columns else 1):
+        return  # a day without traffic
+    with pa.input_stream(str(path), compression="detect") as stream:
+        reader = pa_csv.open_csv(
+            stream,
+            pa_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=data.columns or None, skip_rows=skipped),
+            pa_csv.ParseOptions(delimiter=delimiter, invalid_row_handler=invalid),
+            pa_csv.ConvertOptions(
+                column_types={name: pa.large_string() for name in names},
+                include_columns=names,
+                strings_can_be_null=False,
+            ),
+        )
+        for batch in reader:
+            yield _clean(data, batch)
+
+
+def _leading(data: Data, path: Path) -> tuple[int, list[str]]:
+    """Comment lines before the first row, which the reader would take for the header or for the row's width; and up to
+    two lines after them, the first of which is the header where files have one."""
+    with pa.input_stream(str(path), compression="detect") as stream:
+        lines = stream.read(1 << 20).splitlines()
+    comment = data.comment.encode() if data.comment else None
+    count = next((at for at, line in enumerate(lines) if not comment or not line.startswith(comment)), len(lines))
+    head = [line.decode("utf-8-sig", errors="replace") for line in lines[count:] if line.strip()]
+    return count, head[:2]
+
+
+def _clean(data: Data, batch: pa.RecordBatch) -> pa.RecordBatch:
+    nulls = pa.array(data.null_values, pa.large_string())
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        text = pc.utf8_trim_whitespace(column) if data.trim else column
+        columns[name] = pc.if_else(pc.is_in(text, nulls), pa.scalar(None, pa.large_string()), text)
+    return pa.record_batch(columns)

@@ -1,0 +1,231 @@
+"""Raw files -> typed Arrow batches. What is malformed is a fault with its file and rows; nothing is coerced."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from etl.data_spec import History
+from etl.faults import Fault
+from etl.formats import raw_batches
+from etl.pack import ARROW, inner_type, text_keys, typed_column
+from etl.schema import GROUP
+from etl.spec import FeatureSpec, Task
+from etl.transform import RESERVED_KEYS, Int64s
+
+SPLIT, USER = "split:", "negatives:user"
+
+
+class Reader:
+    """Reads the raw files of one spec; sees to it that a time column is of one kind in all of them."""
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        self._spec = spec
+        self._clocks: dict[str, str] = {}
+
+    def batches(self, paths: Sequence[Path]) -> Iterator[pa.RecordBatch]:
+        """Batches of all feature columns, typed and named as in the raw files, and beside them
+
+        - `label:<task>`, float32; `group:`, int64, where the spec names a group;
+        - `split:`, int64, the time or the group by which rows are divided;
+        - `history:<i>:user` (int64 key), `history:<i>:time` (int64), `history:<i>:event` (bool) of each history;
+        - `negatives:user`, text, where draws depend on the user.
+
+        Raises:
+            Fault: an unreadable or truncated file, a missing column, a value of the wrong type, a label not 0/1.
+        """
+        for place, batch in self._placed(paths, names=self._needed()):
+            yield pa.record_batch(self._features(batch, place) | self._extras(batch, place) | self._taken(batch, place))
+
+    def times(self, paths: Sequence[Path], name: str) -> Iterator[Int64s]:
+        """One column as times, batch by batch. Raises Fault as `batches`."""
+        for place, batch in self._placed(paths, names=[name]):
+            yield self._times(batch[name], name=name, place=place)
+
+    def users(self, paths: Sequence[Path], *, user: str, time: str) -> Iterator[tuple[Int64s, Int64s]]:
+        """The keys of users and the times of their rows, batch by batch. Raises Fault as `batches`."""
+        for place, batch in self._placed(paths, names=list(dict.fromkeys([user, time]))):
+            keys = text_keys(_texts(batch[user], name=user, place=place))
+            yield keys, self._times(batch[time], name=time, place=place)
+
+    def boundary(self, given: int | str, *, name: str, place: str) -> int:
+        """A time of the experiment file on the clock of a column that was read. Raises Fault where it is of another."""
+        return int(self._times(pa.array([str(given)], pa.large_string()), name=name, place=place)[0])
+
+    def _placed(self, paths: Sequence[Path], *, names: list[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
+        for path in paths:
+            rows = 0
+            for batch in raw_batches(self._spec.data, path, names=names):
+                if batch.num_rows:
+                    yield f"{path}: rows {rows + 1} to {rows + batch.num_rows}", batch
+                rows += batch.num_rows
+
+    def _needed(self) -> list[str]:
+        data = self._spec.data
+        negatives, split = data.negatives, data.split
+        names: list[str | None] = [*self._spec.file_columns(), data.group]
+        names += [task.label for task in self._spec.tasks if self._labelled]
+        names += [split.column if data.divided else None, negatives.user if negatives else None]
+        for history in data.histories:
+            names += [history.user, history.time, *history.where]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    @property
+    def _labelled(self) -> bool:
+        negatives = self._spec.data.negatives
+        return negatives is None or negatives.positive is not None
+
+    def _features(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
+        separators = self._spec.separators()
+        return {
+            name: _typed(_split(batch[name], separators.get(name)), name=name, dtype=dtype, place=place)
+            for name, dtype in self._spec.file_columns().items()
+        }
+
+    def _extras(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
+        """The group, the labels and what rows are divided by."""
+        data, columns = self._spec.data, {}
+        if data.group:
+            columns[GROUP] = pa.array(text_keys(_texts(batch[data.group], name=data.group, place=place)))
+        for task in self._spec.tasks:
+            ones = pa.array(np.ones(batch.num_rows, np.float32))
+            label = _labels(batch[task.label], task=task, place=place) if self._labelled else ones
+            columns[f"label:{task.name}"] = label
+        column = data.split.column
+        if data.divided and column is not None and data.split.by == "time":
+            columns[SPLIT] = pa.array(self._times(batch[column], name=column, place=place))
+        elif data.divided and column is not None and data.split.by == "group":
+            columns[SPLIT] = pa.array(text_keys(_texts(batch[column], name=column, place=place)))
+        return columns
+
+    def _taken(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
+        """The event log of histories and negatives."""
+        columns = {}
+        for at, history in enumerate(self._spec.data.histories):
+            user = _texts(batch[history.user], name=history.user, place=place)
+            columns[f"history:{at}:user"] = pa.array(text_keys(user))
+            columns[f"history:{at}:time"] = pa.array(self._times(batch[history.time], name=history.time, place=place))
+            columns[f"history:{at}:event"] = _events(batch, history, place=place)
+        negatives = self._spec.data.negatives
+        if negatives and negatives.user:
+            columns[USER] = _texts(batch[negatives.user], name=negatives.user, place=place)
+        return columns
+
+    def _times(self, column: pa.Array, *, name: str, place: str) -> Int64s:
+        """Whole numbers as they are, times as nanoseconds. Raises Fault on a null, on others, and on a mixture."""
+        place, wanted = f"{place}, column '{name}'", "whole numbers, or times and dates (text in ISO 8601), in each row"
+        remedy = "mend the file; parts of a second as whole milliseconds"
+        if column.null_count:
+            got = f"no value in row {np.argmax(np.asarray(column.is_null())) + 1} of these"
+            raise Fault(place, got=got, wanted=wanted, remedy=remedy)
+        try:
+            clock, times = _clock(column)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise Fault(place, got=str(error), wanted=wanted, remedy=remedy) from None
+        if (before := self._clocks.setdefault(name, clock)) != clock:
+            raise Fault(place, got=clock, wanted=f"{before}, as before", remedy="give all times in one form")
+        numbers: Int64s = times.to_numpy(zero_copy_only=False)
+        return numbers
+
+
+def _clock(column: pa.Array) -> tuple[str, pa.Array]:
+    """The kind of times, and the times as int64. Raises pyarrow's errors on what is no time."""
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return "whole numbers", column.cast(pa.int64())
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        zone = getattr(kind, "tz", None)
+        times = column.cast(pa.timestamp("ns", zone)).cast(pa.int64())
+        return "times with a zone" if zone else "times without a zone", times
+    text = column.cast(pa.large_string())
+    for clock, wanted in (
+        ("whole numbers", pa.int64()),
+        ("times with a zone", pa.timestamp("ns", "UTC")),
+    ):
+        try:
+            return clock, text.cast(wanted).cast(pa.int64())
+        except pa.ArrowInvalid:
+            continue
+    return "times without a zone", text.cast(pa.timestamp("ns")).cast(pa.int64())
+
+
+def _texts(column: pa.Array, *, name: str, place: str) -> pa.Array:
+    """A user or a group as text. Raises Fault on lists and on numbers with a fraction, which ids are not."""
+    kind = column.type
+    if pa.types.is_floating(kind) or pa.types.is_nested(kind):
+        wanted, remedy = "whole numbers or text", "write the column as int64, with nulls where it has no value"
+        raise Fault(f"{place}, column '{name}'", got=str(kind), wanted=wanted, remedy=remedy)
+    return column.cast(pa.large_string())
+
+
+def _events(batch: pa.RecordBatch, history: History, *, place: str) -> pa.Array:
+    """Which rows are events: all texts of `where` hold; a null is none."""
+    event = np.ones(batch.num_rows, dtype=bool)
+    for name, text in history.where.items():
+        column = batch[name]
+        if pa.types.is_nested(column.type):
+            remedy = "name a column of single values in 'where'"
+            raise Fault(f"{place}, column '{name}'", got=str(column.type), wanted="single values", remedy=remedy)
+        held = pc.equal(column.cast(pa.large_string()), text).fill_null(False)
+        event &= held.to_numpy(zero_copy_only=False)
+    return pa.array(event)
+
+
+def _split(column: pa.Array, separator: str | None) -> pa.Array:
+    """Text with several values -> lists; a column that holds lists stays as it is."""
+    if separator is None or not pa.types.is_large_string(column.type):
+        return column
+    return pc.split_pattern(column, separator)
+
+
+def _typed(column: pa.Array, *, name: str, dtype: str, place: str) -> pa.Array:
+    """One feature column in its type; NaN of a float column is missing, infinity a fault."""
+    try:
+        column = _from_text(column, dtype)
+        array = typed_column(pa.chunked_array([column]), name=name, dtype=dtype)
+    except (pa.ArrowInvalid, ValueError) as error:
+        kind = dtype.replace("string", "text").replace("int64", "whole numbers").replace("float64", "numbers")
+        remedy = "mend the file, name the text in [data] null_values, or change the feature's type"
+        raise Fault(f"{place}, column '{name}'", got=str(error), wanted=kind, remedy=remedy) from None
+    if inner_type(dtype) == "int64":
+        lowest = pc.min(array if dtype == "int64" else array.values).as_py()
+        if lowest in RESERVED_KEYS:
+            got, remedy = f"{lowest}, which stands for missing", "leave the value empty"
+            raise Fault(f"{place}, column '{name}'", got=got, wanted="whole numbers above that", remedy=remedy)
+    if dtype != "float64":
+        return array
+    if pc.any(pc.is_inf(array)).as_py():
+        raise Fault(f"{place}, column '{name}'", got="infinity", wanted="finite numbers", remedy="mend the file")
+    return pc.if_else(pc.is_nan(array), pa.scalar(None, pa.float64()), array)
+
+
+def _from_text(column: pa.Array, dtype: str) -> pa.Array:
+    """Numbers that a text file holds as texts, also within lists."""
+    kind, inner = column.type, inner_type(dtype)
+    if inner == "string":
+        return column
+    if pa.types.is_large_string(kind):
+        return column.cast(ARROW[inner])
+    if pa.types.is_list(kind) and pa.types.is_large_string(kind.value_type):
+        return column.cast(pa.list_(ARROW[inner]))
+    return column
+
+
+def _labels(column: pa.Array, *, task: Task, place: str) -> pa.Array:
+    """The label as float32 0 and 1."""
+    if task.positive:
+        text = column.cast(pa.large_string())
+        one, zero = (pc.is_in(text, pa.array(side, pa.large_string())) for side in (task.positive, task.negative))
+        known, wanted = pc.or_(one, zero), f"one of {', '.join([*task.positive, *task.negative])}"
+    else:
+        number = _typed(column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column,
+                        name=task.label, dtype="float64", place=place)  # fmt: skip
+        one, known = pc.equal(number, 1.0), pc.is_in(number, pa.array([0.0, 1.0]))
+        wanted = "0 or 1 (or [[tasks]] positive and negative)"
+    if not pc.all(known).as_py():
+        bad = pc.index(known, False).as_py()
+        got, remedy = f"{column[bad].as_py()!r} as label {bad + 1} of these", "mend the file or the task's texts"
+        raise Fault(f"{place}, column '{task.label}'", got=got, wanted=wanted, remedy=remedy)
+    return one.cast(pa.float32())
