@@ -1,11 +1,10 @@
 """NVTabular's operators where they are wrong by themselves, and those it lacks.
 
-Statistics are exact and the same for any division into partitions. A pass that needs another pass's result is an
-operator of its own: the two would otherwise keep every partition in memory. Results have labels from 0 on.
+Results are frames of their own, with labels from 0 on: some of NVTabular's operators write into the frame they get.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,61 +16,12 @@ from etl.engines.nvtabular.library import (
     LogOp,
     Normalize,
     Operator,
-    StatOperator,
-    delayed,
     encode_list_column,
     flatten_list_column_values,
 )
 from etl.engines.nvtabular.plan import Hash
+from etl.engines.nvtabular.statistics import Ends, Off, Ordered, Stats, middle, moments, over_partitions
 from etl.transform import MISSING_KEY, Packed, Transform
-
-Float64s = npt.NDArray[np.float64]
-Stats = Mapping[str, Any]
-
-
-class _Statistics(StatOperator):
-    """Learns one thing a column and passes the columns on as they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, Any] = {}
-
-    def fit_finalize(self, dask_stats: Stats) -> None:
-        """Keeps what the workers found."""
-        self.found = dict(dask_stats)
-
-    def clear(self) -> None:
-        """Forgets it."""
-        self.found = {}
-
-
-class Ends(_Statistics):
-    """Count, nulls, mean, lowest and highest number of each column: NaN is null, and 0 stands where there is none."""
-
-    def fit(self, col_selector: ColumnSelector, ddf: Any) -> Any:
-        """One pass."""
-        return _over_partitions(ddf, col_selector.names, part=_ends_of_part, whole=_ends)
-
-
-class Ordered(_Statistics):
-    """The numbers at some ranks of the sorted column, by exact sorting: a whole column has to fit a worker's memory.
-
-    `ranks` says which, from 0, when the count of numbers is known. NVTabular's own medians depend on the partitions.
-    """
-
-    def __init__(self, ranks: Mapping[str, Callable[[int], Sequence[int]]]) -> None:
-        super().__init__()
-        self._ranks = ranks
-
-    def fit(self, col_selector: ColumnSelector, ddf: Any) -> Any:
-        """One pass a column."""
-        parts = ddf.to_delayed()
-        columns = {name: [delayed(_numbers)(part, name) for part in parts] for name in col_selector.names}
-        return delayed(dict)({name: delayed(_ordered)(column, self._ranks[name]) for name, column in columns.items()})
-
-    def edges(self, name: str) -> list[float]:
-        """The numbers at the ranks, each once; 0 where the column has none."""
-        return sorted(set(self.found[name])) or [0.0]
 
 
 class FillMean(Ends):
@@ -90,7 +40,7 @@ class FillMiddle(Ordered):
     """FillMedian, exact: the mean of the two numbers in the middle."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(dict.fromkeys(names, _middle))
+        super().__init__(dict.fromkeys(names, middle))
 
     def value(self, name: str) -> float | None:
         """The median of a column, if it has numbers."""
@@ -100,17 +50,6 @@ class FillMiddle(Ordered):
     def transform(self, col_selector: ColumnSelector, transformable: Any) -> Any:
         """The columns, filled, in a frame of their own."""
         return _filled(transformable, {name: self.value(name) or 0.0 for name in col_selector.names})
-
-
-class Quantiles:
-    """The ranks of the inner edges of buckets at equal shares of the rows."""
-
-    def __init__(self, buckets: int) -> None:
-        self._buckets = buckets
-
-    def __call__(self, count: int) -> list[int]:
-        """Rank i (n - 1) / buckets, rounded down, of each inner edge i."""
-        return [at * (count - 1) // self._buckets for at in range(1, self._buckets)]
 
 
 class Log1p(LogOp):
@@ -140,7 +79,7 @@ class Scale(Normalize):
     def fit(self, col_selector: ColumnSelector, ddf: Any) -> Any:
         """One pass over the columns whose numbers differ."""
         near = {name: self._ends.found[name]["mean"] for name in col_selector.names if self._differs(name)}
-        return _over_partitions(ddf, list(near), part=_Off(near), whole=_moments)
+        return over_partitions(ddf, list(near), part=Off(near), whole=moments)
 
     def fit_finalize(self, dask_stats: Stats) -> None:
         """Mean and deviation, or lowest number and range."""
@@ -230,10 +169,6 @@ def _hashed(parts: Sequence[npt.NDArray[np.int64]], made: Hash) -> npt.NDArray[n
     return Transform(state, {}).apply(packed).ids[:, -1]
 
 
-def _middle(count: int) -> list[int]:
-    return [(count - 1) // 2, count // 2]
-
-
 def _filled(frame: Any, values: Mapping[str, float]) -> Any:
     return type(frame)({name: frame[name].fillna(value) for name, value in values.items()}).reset_index(drop=True)
 
@@ -241,68 +176,3 @@ def _filled(frame: Any, values: Mapping[str, float]) -> Any:
 def _frame(like: Any, columns: Mapping[str, Any]) -> Any:
     """A frame of the same library, with labels from 0 on."""
     return type(like)(dict(columns))
-
-
-def _over_partitions(ddf: Any, names: Sequence[str], *, part: Callable[..., Any], whole: Callable[..., Any]) -> Any:
-    """By column, what `whole` makes of what `part` makes of each partition's numbers."""
-    parts = [delayed(_by_column)(frame, list(names), part) for frame in ddf.to_delayed()]
-    return delayed(_wholes)(parts, list(names), whole)
-
-
-def _by_column(frame: Any, names: Sequence[str], part: Callable[[str, Float64s, int], Any]) -> dict[str, Any]:
-    return {name: part(name, _numbers(frame, name), int(frame[name].isna().sum())) for name in names}
-
-
-def _wholes(parts: Sequence[Mapping[str, Any]], names: Sequence[str], whole: Callable[[list[Any]], Any]) -> Stats:
-    return {name: whole([part[name] for part in parts]) for name in names}
-
-
-def _numbers(frame: Any, name: str) -> Float64s:
-    """The numbers of a column, without nulls, on the host."""
-    numbers: Float64s = frame[name].dropna().to_numpy()
-    return numbers
-
-
-def _ends_of_part(name: str, numbers: Float64s, nulls: int) -> tuple[int, int, float, float, float]:
-    if not len(numbers):
-        return 0, nulls, 0.0, math.inf, -math.inf
-    with np.errstate(over="ignore"):
-        return len(numbers), nulls, float(numbers.sum()), float(numbers.min()), float(numbers.max())
-
-
-def _ends(parts: Sequence[tuple[int, int, float, float, float]]) -> Stats:
-    counts, nulls, sums, lows, highs = zip(*parts, strict=True)
-    count = sum(counts)
-    if not count:
-        return {"count": 0, "nulls": sum(nulls), "mean": 0.0, "low": 0.0, "high": 0.0}
-    low, high = min(lows), max(highs)
-    mean = low if low == high else _sum(sums) / count
-    return {"count": count, "nulls": sum(nulls), "mean": mean, "low": low, "high": high}
-
-
-class _Off:
-    """Sums of a column's distances from a number near its mean, and of their squares."""
-
-    def __init__(self, near: Mapping[str, float]) -> None:
-        self._near = near
-
-    def __call__(self, name: str, numbers: Float64s, nulls: int) -> tuple[int, float, float]:
-        with np.errstate(over="ignore", invalid="ignore"):
-            off = numbers - self._near[name]
-            return len(off), float(off.sum()), float((off * off).sum())
-
-
-def _moments(parts: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
-    counts, sums, squares = zip(*parts, strict=True)
-    return _sum(sums) / sum(counts), _sum(squares) / sum(counts)
-
-
-def _sum(numbers: Sequence[float]) -> float:
-    """Exact, or infinite where a part is."""
-    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else math.inf
-
-
-def _ordered(parts: Sequence[Float64s], ranks: Callable[[int], Sequence[int]]) -> list[float]:
-    numbers = np.concatenate(parts)
-    at = ranks(len(numbers)) if len(numbers) else []
-    return [float(number) for number in np.sort(numbers)[list(at)]] if len(at) else []

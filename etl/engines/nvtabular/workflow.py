@@ -9,18 +9,9 @@ from typing import Any
 
 from etl.artifact import Json
 from etl.engines.nvtabular.library import Categorify, Clip, ColumnSelector, FillMissing, Workflow
-from etl.engines.nvtabular.operators import (
-    Buckets,
-    Ends,
-    FillMean,
-    FillMiddle,
-    Hashed,
-    Log1p,
-    Ordered,
-    Quantiles,
-    Scale,
-)
+from etl.engines.nvtabular.operators import Buckets, FillMean, FillMiddle, Hashed, Log1p, Scale
 from etl.engines.nvtabular.plan import Plan
+from etl.engines.nvtabular.statistics import Ends, Ordered, Quantiles
 from etl.faults import Fault
 from etl.spec import Numeric, column_of
 
