@@ -80,15 +80,15 @@ def middle(count: int) -> list[int]:
 
 def over_partitions(ddf: Any, names: Sequence[str], *, part: Callable[..., Any], whole: Callable[..., Any]) -> Any:
     """By column, what `whole` makes of what `part` makes of each partition's numbers."""
-    parts = [delayed(_by_column)(frame, list(names), part) for frame in ddf.to_delayed()]
-    return delayed(_wholes)(parts, list(names), whole)
+    parts = [delayed(_by_column)(frame, names=list(names), part=part) for frame in ddf.to_delayed()]
+    return delayed(_wholes)(parts, names=list(names), whole=whole)
 
 
-def _by_column(frame: Any, names: Sequence[str], part: Callable[[str, Float64s], Any]) -> dict[str, Any]:
+def _by_column(frame: Any, *, names: Sequence[str], part: Callable[[str, Float64s], Any]) -> dict[str, Any]:
     return {name: part(name, _numbers(frame, name)) for name in names}
 
 
-def _wholes(parts: Sequence[Mapping[str, Any]], names: Sequence[str], whole: Callable[[list[Any]], Any]) -> Stats:
+def _wholes(parts: Sequence[Stats], *, names: Sequence[str], whole: Callable[[list[Any]], Any]) -> Stats:
     return {name: whole([part[name] for part in parts]) for name in names}
 
 
