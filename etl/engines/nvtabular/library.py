@@ -34,7 +34,7 @@ def _hidden(*modules: str) -> Iterator[None]:
 
 try:
     with quiet(), _hidden("torch", "tensorflow"):
-        import dask
+        import dask as dask
 
         dask.config.set({"dataframe.query-planning": False, "dataframe.convert-string": False})
         from etl.engines.nvtabular.cuda import mend_cudf
