@@ -1,12 +1,17 @@
 """The commands of the ETL."""
 
+import dataclasses
+import inspect as inspection
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from etl.faults import exit_on_fault
+from etl.synth.options import Options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,47 +65,104 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="A dataset folder, for example out/demo/data.")],
     *,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="The page; default inspect.html beside DIR, and none with --json.")
+    ] = None,
 ) -> None:
-    """Show rows, label rates, table sizes, missing and unseen shares, and drift between the splits."""
+    """Show rows, label rates, table sizes, missing and unseen shares, and drift between the splits.
+
+    The page adds label rates along the splits, most frequent values, coverage and histograms.
+    """
     with exit_on_fault():
         from etl.inspect import inspect as inspect_folder
+        from etl.inspect_page import write_page
 
         found = inspect_folder(folder)
-        if json_:
-            print(json.dumps(found))
-            return
-        from rich.console import Console
+        page = html or (None if json_ else folder.resolve().parent / "inspect.html")
+        if page:
+            write_page(found, page)
+        print(json.dumps(found)) if json_ else _print_tables(found)
+        if page and not json_:
+            print(f"page: {page}")
 
-        console = Console()
-        console.print(
-            _table("splits", [{"split": k, "rows": v["rows"]} | v["label_rate"] for k, v in found["splits"].items()])
-        )
-        console.print(
-            _table(
-                "id features: table rows, shares of missing and unseen values, drift from training (PSI)",
-                found["features"],
+
+def _print_tables(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    splits = [{"split": name, "rows": part["rows"]} | part["label_rate"] for name, part in found["splits"].items()]
+    ids = [{key: f[key] for key in ("name", "rows", "missing", "unseen", "psi")} for f in found["features"]]
+    dense = [{key: f[key] for key in ("name", "mean", "std", "min", "max", "psi")} for f in found["dense"]]
+    console = Console()
+    console.print(_table("splits", splits))
+    console.print(
+        _table("id features: table rows, shares of missing and unseen values, drift from training (PSI)", ids)
+    )
+    console.print(_table("dense features after scaling, drift from training (PSI)", dense))
+
+
+def _with_options(record: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Spells a command's `**options` out, as one option for each field of a dataclass."""
+
+    def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
+        first = next(iter(inspection.signature(command).parameters.values()))
+        options = [
+            first.replace(
+                name=field.name,
+                kind=first.KEYWORD_ONLY,
+                annotation=Annotated[field.type, typer.Option(help=field.metadata["help"])],
+                default=first.empty if field.default is dataclasses.MISSING else field.default,
             )
-        )
-        console.print(_table("dense features after scaling, drift from training (PSI)", found["dense"]))
+            for field in dataclasses.fields(record)
+        ]
+        vars(command)["__signature__"] = inspection.Signature([first, *options])
+        command.__annotations__ |= {option.name: option.annotation for option in options}
+        return command
+
+    return spelled_out
+
+
+@app.command("synth")
+@_with_options(Options)
+def _synth(
+    out: Annotated[Path, typer.Argument(help="The folder to write; an older one of this kind is replaced.")],
+    **options: Any,
+) -> None:
+    """Write clicks with a known signal, and the AUC that their true probabilities reach.
+
+    OUT gets day_0, day_1, ... in the order of time, truth/ with the probabilities of each row, and truth.json.
+    """
+    with exit_on_fault():
+        from etl.synth.write import synth
+
+        with _Progress() as report:
+            found = synth(out, Options(**options), report=partial(report, total=options["rows"]))
+        print(f"{out}: {found['rows']:,} rows, seed {found['seed']}")
+        for task, auc in found["auc"].items():
+            reached = "undefined, all labels are equal" if auc is None else f"{auc:.4f}"
+            print(f"{task}: rate {found[f'{task}_rate']:.4f}, AUC of the true probabilities {reached}")
 
 
 class _Progress:
-    """One line a stage with rows and rows/s; on a terminal it moves, elsewhere nothing is printed until the end."""
+    """One line a stage with rows, rows/s, and the time left where all rows are known.
+
+    On a terminal it moves, elsewhere nothing is printed until the end.
+    """
 
     def __enter__(self) -> "_Progress":
         from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:,} rows"))
-        rate = TextColumn("{task.fields[rate]:,.0f} rows/s")
-        self._bar = Progress(*columns, rate, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+        rate, left = TextColumn("{task.fields[rate]:,.0f} rows/s"), TextColumn("left")
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), left)
+        self._bar = Progress(*columns, rate, *times, console=Console(stderr=True), transient=True)
         self._stages: dict[str, Any] = {}
         self._bar.start()
         return self
 
-    def __call__(self, stage: str, rows: int) -> None:
+    def __call__(self, stage: str, rows: int, *, total: int | None = None) -> None:
         if stage not in self._stages:
-            self._stages[stage] = self._bar.add_task(stage, total=None, rate=0.0)
+            self._stages[stage] = self._bar.add_task(stage, total=total, rate=0.0)
         task = self._bar.tasks[self._stages[stage]]
         self._bar.update(task.id, completed=rows, rate=rows / max(task.elapsed or 0.0, 1e-3))
 
@@ -124,7 +186,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> "Table":
 
 def _cell(value: object) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{part:.3f}".replace("0.", ".", 1) for part in value.values())
+        return " ".join("–" if part is None else f"{part:.3f}".replace("0.", ".", 1) for part in value.values())
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,72 +1,77 @@
 """What a dataset folder holds, as numbers a person checks before training."""
 
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import polars as pl
 
 from etl.artifact import Json, read_json
-from etl.schema import Schema, read_schema
-
-_BINS = 10
+from etl.profile import id_figures, label_slices, number_figures, row_counts
+from etl.schema import IdFeature, Schema, read_schema
 
 
 def inspect(folder: Path) -> Json:
-    """Rows and label rates by split; by feature its table rows, missing and unseen shares, and drift from training.
+    """Rows and label rates by split and along each split; the figures of id features and of dense ones.
 
-    Drift is the population stability index sum((p - q) ln(p / q)) between training and a split: over the ten most
-    frequent rows and the rest for ids, over training deciles for dense values. Below .1 is usually read as stable.
+    `missing` and `unseen` are shares of a feature's values: of its rows, or of all ids in a list feature. Drift is the
+    population stability index between training and a split; see `etl.profile`.
 
     Raises:
         Fault: no complete dataset folder stands there.
     """
     manifest = read_json(folder / "manifest.json", remedy="make the folder with `python -m etl run`")
     schema = read_schema(folder)
+    steps = read_json(folder / "transform" / "transform.json", remedy="make the folder with `python -m etl run`")
+    boundaries = {step["name"]: step["boundaries"] for step in steps["features"] if step["kind"] == "buckets"}
     splits = manifest["splits"]
+    rows = {split: counted["rows"] for split, counted in splits.items()}
     return {
         "folder": str(folder),
         "engine": manifest["engine"],
-        "splits": {name: {"rows": s["rows"], "label_rate": s["label_rate"]} for name, s in splits.items()},
+        "splits": {split: {"rows": s["rows"], "label_rate": s["label_rate"]} for split, s in splits.items()},
+        "label_rate_by_position": {
+            split: label_slices(folder, split, tasks=schema.task_names, rows=count) for split, count in rows.items()
+        },
         "features": [
-            _id_row(f.name, schema, splits=splits) | _drift(folder, f.name, dense=False) for f in schema.features
+            _id_feature(folder, feature, schema=schema, splits=splits, boundaries=boundaries.get(feature.name))
+            for feature in schema.features
         ],
-        "dense": [
-            {"name": name} | _moments(folder, name) | _drift(folder, name, dense=True) for name in schema.dense_names
-        ],
+        "dense": number_figures(folder, schema.dense_names, rows=rows),
     }
 
 
-def _id_row(name: str, schema: Schema, *, splits: Json) -> Json:
-    feature = next(f for f in schema.features if f.name == name)
+def _id_feature(
+    folder: Path, feature: IdFeature, *, schema: Schema, splits: Json, boundaries: list[float] | None
+) -> Json:
+    listed = feature.dtype != "int64"
+    figures = id_figures({split: row_counts(folder, split, name=feature.name, listed=listed) for split in splits})
     shares = {
-        kind: {split: s["features"][name][kind] / s["rows"] for split, s in splits.items()}
+        kind: {
+            split: s["features"][feature.name][kind] / max(figures["values"][split], 1) for split, s in splits.items()
+        }
         for kind in ("missing", "unseen")
     }
-    return {"name": name, "rows": schema.rows(feature.table)} | shares
+    texts = _texts(folder, feature, rows=[top["row"] for top in figures["top"]], boundaries=boundaries)
+    figures["top"] = [{"row": top["row"], "value": texts.get(top["row"])} | top for top in figures["top"]]
+    named = {"name": feature.name, "type": feature.type, "table": feature.table, "rows": schema.rows(feature.table)}
+    return named | shares | figures
 
 
-def _moments(folder: Path, name: str) -> dict[str, float]:
-    x = pl.col(name)
-    rows = pl.scan_parquet(folder / "train").select(mean=x.mean(), std=x.std(), min=x.min(), max=x.max())
-    return rows.collect().row(0, named=True)
+def _texts(folder: Path, feature: IdFeature, *, rows: list[int], boundaries: list[float] | None) -> Mapping[int, str]:
+    """What the rows of a table stand for, where that is known: hashed values are not kept."""
+    if boundaries is not None:
+        ends = ["", *(f"{edge:g}" for edge in boundaries), ""]
+        names = [_span(low, high) for low, high in pairwise(ends)]
+        return dict(enumerate(names, start=1))
+    path = folder / "transform" / "vocabulary" / f"{feature.table}.parquet"
+    if not path.is_file():
+        return {}
+    found = pl.scan_parquet(path).filter(pl.col("row").is_in(rows)).select("row", pl.col("value").cast(pl.String))
+    return dict(found.collect(engine="streaming").iter_rows())
 
 
-def _drift(folder: Path, name: str, *, dense: bool) -> dict[str, dict[str, float]]:
-    values = {split: pl.read_parquet(folder / split, columns=[name])[name] for split in ("train", "valid", "test")}
-    if values["train"].dtype == pl.List:
-        values = {split: column.explode(empty_as_null=True).drop_nulls() for split, column in values.items()}
-    if dense:
-        edges = np.unique(np.quantile(values["train"].to_numpy(), np.linspace(0, 1, _BINS + 1)[1:-1]))
-        shares = {split: np.bincount(np.searchsorted(edges, v.to_numpy(), side="right"), minlength=len(edges) + 1)
-                  for split, v in values.items()}  # fmt: skip
-    else:
-        top = values["train"].value_counts(sort=True)[name].head(_BINS)
-        shares = {split: np.array([*((v == t).sum() for t in top), (~v.is_in(top.implode())).sum()])
-                  for split, v in values.items()}  # fmt: skip
-    return {"psi": {split: _psi(shares["train"], shares[split]) for split in ("valid", "test")}}
-
-
-def _psi(expected: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> float:
-    p, q = ((counts + 0.5) / (counts.sum() + 0.5 * len(counts)) for counts in (expected, actual))
-    return float(((p - q) * np.log(p / q)).sum())
+def _span(low: str, high: str) -> str:
+    if low and high:
+        return f"{low} to {high}"
+    return f"from {low}" if low else f"below {high}"

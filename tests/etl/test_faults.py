@@ -173,3 +173,8 @@ def test_bad_input_is_named_and_leaves_nothing(folder: Path, case: Case) -> None
 
 def test_every_case_is_one_of_its_own() -> None:
     assert len(CASES) >= 25 and len({case.what for case in CASES}) == len(CASES)
+
+
+def test_the_documentation_lists_every_case() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "etl.md").read_text(encoding="utf-8")
+    assert [case.what for case in CASES if f"| {case.what} | {case.place} |" not in page] == []

@@ -1,9 +1,12 @@
 """What is written from the code is up to date."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+from etl.spec import FeatureSpec
 from recsys.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,3 +21,11 @@ def test_the_tables_are_what_the_code_and_the_figures_say() -> None:
 def test_every_model_has_its_place_in_the_page() -> None:
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert [kind for kind in MODELS if f"## `{kind}`" not in text] == []
+
+
+def test_the_examples_of_the_etl_page_load() -> None:
+    text = (ROOT / "docs" / "etl.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        FeatureSpec.model_validate(tomllib.loads(example))

@@ -1,0 +1,1 @@
+"""Synthetic clicks of any size with a known signal."""
