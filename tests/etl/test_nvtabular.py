@@ -8,6 +8,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,8 @@ from etl.faults import Fault, Faults
 from etl.run import run
 from etl.spec import Etl, FeatureSpec
 
-pytest.importorskip("nvtabular", reason="the extra 'nvtabular' is not installed")
+if find_spec("nvtabular") is None:
+    pytest.skip("the extra 'nvtabular' is not installed", allow_module_level=True)
 
 from etl.engines.nvtabular import cuda
 from etl.engines.nvtabular.cluster import open_workers

@@ -9,6 +9,7 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from etl.faults import Fault
 from etl.run import run
 from etl.spec import FeatureSpec
 
-pytest.importorskip("nvtabular", reason="the extra 'nvtabular' is not installed")
+if find_spec("nvtabular") is None:
+    pytest.skip("the extra 'nvtabular' is not installed", allow_module_level=True)
 
-import pandas as pd
-
-from etl.engines.nvtabular.library import Dataset, Workflow, dask, quiet
+from etl.engines.nvtabular.library import Dataset, Workflow, ddf, quiet
 
 with quiet():
+    import pandas as pd
     from nvtabular import ops
 
 ROWS, GROUP = 60, 20
@@ -134,7 +135,7 @@ def column(name: str) -> pd.DataFrame:
 def naive(graph: Any, rows: pd.DataFrame, *, then: pd.DataFrame | None = None, parts: int = 1) -> pd.DataFrame:
     """Fits and transforms; with `then`, transforms other rows."""
     workflow = Workflow(graph)
-    fitted = Dataset(dask.dataframe.from_pandas(rows, npartitions=parts, sort=False), cpu=True)
+    fitted = Dataset(ddf.from_pandas(rows, npartitions=parts, sort=False), cpu=True)
     workflow.fit(fitted)
     return workflow.transform(then) if then is not None else workflow.transform(fitted).to_ddf().compute()
 
@@ -252,7 +253,7 @@ def test_14_a_median_depends_on_the_partitions(made: Made) -> None:
 
 def test_15_a_missing_number_lands_in_the_top_bucket(made: Made) -> None:
     assert naive(["skewed"] >> ops.Bucketize({"skewed": [100.0, 900.0]}), column("skewed"))["skewed"].iloc[3] == 2
-    assert made.train["bucket"][3] == 0 and made.train["bucket"][:3] == [1, 1, 1] and made.train["bucket"][-1] == 3
+    assert made.train["bucket"][3] == 0 and made.train["bucket"][:3] == [1, 1, 1] and made.train["bucket"][-2] == 3
 
 
 def test_16_the_logarithm_is_taken_in_float32(made: Made) -> None:

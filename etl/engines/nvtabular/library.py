@@ -40,8 +40,9 @@ try:
         from etl.engines.nvtabular.cuda import mend_cudf
 
         mend_cudf()
-        import nvtabular
+        import dask.dataframe as ddf
         from dask import delayed as delayed
+        from dask.dataframe.core import DataFrame as FirstDataFrame
         from dask.delayed import Delayed as Delayed
         from distributed import Client as Client
         from distributed import WorkerPlugin as WorkerPlugin
@@ -68,4 +69,10 @@ except ImportError as error:
         remedy='with Python 3.11 run `make setup`, which installs it, or set engine = "polars"',
     ) from None
 
-VERSION: str = nvtabular.__version__
+if ddf.DataFrame is not FirstDataFrame:
+    raise Fault(
+        "etl.engine",
+        got="Dask's new dataframes, which this process has loaded before",
+        wanted="its first ones, which NVTabular needs",
+        remedy="run the ETL in a process of its own, or import etl.engines.nvtabular.library first",
+    )
