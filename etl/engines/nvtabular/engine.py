@@ -70,7 +70,10 @@ class NVTabular:
         tables = {table: users[0].hash_rows or 0 for table, users in spec.shared_tables().items()}
         for table, columns in self._plan.tables.items():
             found = self._graph.vocabulary(columns)
-            tables[table] = fit_table(table, spec.shared_tables()[table], found=found, fitting=fitting)
+            ordered = found.with_name(f"ordered.{table}.parquet")
+            users = spec.shared_tables()[table]
+            tables[table] = fit_table(table, users, found=found, ordered=ordered, fitting=fitting)
+            self._graph.use(columns, ordered)
         return self._state(spec, signature=signature, tables=tables)
 
     def _state(self, spec: FeatureSpec, *, signature: Json, tables: dict[str, int]) -> "Fitted":

@@ -1,4 +1,4 @@
-"""Categorify's values in the order of all engines: the vocabulary file, and Categorify's own file, written anew.
+"""Categorify's values in the order of all engines: the vocabulary file, and a file for Categorify itself.
 
 Ties in NVTabular's order depend on numpy's sort, and so on its version. Its counts are right, so the order is made of
 them as the polars engine makes it. A missing id comes first, with a code of its own that is never null's.
@@ -21,8 +21,8 @@ from etl.spec import Categorical, column_of
 from etl.transform import MISSING_KEY, RESERVED_KEYS
 
 
-def fit_table(name: str, users: Sequence[Looked], *, found: Path, fitting: Fitting) -> int:
-    """Rows of a table; `found` is Categorify's file: keys, and how often each was seen.
+def fit_table(name: str, users: Sequence[Looked], *, found: Path, ordered: Path, fitting: Fitting) -> int:
+    """Rows of a table; `found` is Categorify's file: keys, and how often each was seen. Writes `ordered` for it.
 
     Raises:
         Fault: two texts of the training rows with one 64-bit key.
@@ -42,8 +42,8 @@ def fit_table(name: str, users: Sequence[Looked], *, found: Path, fitting: Fitti
     fitting.write(f"transform/vocabulary/{name}.parquet", keyed.select("value", "key", row=row, count="count"))
     if rules.min_count > 1 or rules.max_rows:
         fitting.write(f"counts/{name}.parquet", rejected)
-    ordered = np.append(MISSING_KEY, keyed["key"].to_numpy())
-    pq.write_table(pa.table({seen.column_names[0]: ordered}), found)
+    in_order = np.append(MISSING_KEY, keyed["key"].to_numpy())
+    pq.write_table(pa.table({seen.column_names[0]: in_order}), ordered)
     return vocabulary.height + 1
 
 

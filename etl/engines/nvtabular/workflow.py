@@ -30,6 +30,10 @@ class Graph:
         """Where Categorify has written the values of the columns of one table."""
         return Path(self.categorify.categories["_".join(columns)])
 
+    def use(self, columns: tuple[str, ...], vocabulary: Path) -> None:
+        """Makes Categorify read another file: it caches files by path, and on workers never looks again."""
+        self.categorify.categories["_".join(columns)] = str(vocabulary)
+
     def boundaries(self, name: str, feature: Numeric) -> list[float]:
         """The inner edges of buckets. Raises Fault where they are quantiles of no value."""
         if feature.boundaries:
