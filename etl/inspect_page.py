@@ -107,7 +107,8 @@ def _numbers(found: Json) -> str:
     )
     figures = []
     for dense in found["dense"]:
-        moments = " · ".join(f"{split} {of['mean']:.3g} ± {of['std']:.3g}" for split, of in dense["by_split"].items())
+        split_moments = dense["by_split"].items()
+        moments = " · ".join(f"{split} {round(of['mean'], 6):.3g} ± {of['std']:.3g}" for split, of in split_moments)
         ends = f"training from {dense['min']:.4g} to {dense['max']:.4g}"
         caption = f"Drift {_drifts(dense['psi'], joined=', ')}. Mean ± deviation: {moments}; {ends}."
         figures.append(_figure(dense["name"], _histogram(dense["histogram"]), caption=caption))

@@ -97,7 +97,7 @@ class Events:
         self._category_count = min(30, max(2, size // 10))
         self._old = max(1, math.ceil(0.8 * size))
         clicks, buys, changes = (0.45 * draws.normals(f"item.{what}", size) for what in ("clicks", "buys", "changes"))
-        age = -10 * draws.uniform("item.age", at)
+        age = -20 * draws.uniform("item.age", at)
         new = (at - self._old + 1) / (size - self._old + 1)
         return _Items(
             ids=_ids(draws, "item.id", at=at),
@@ -143,7 +143,7 @@ class Events:
         draws, time = self._draws, at / self._rows
         times = self._times(at)
         hours = times // 3_600_000 % 24
-        known_users = 1 + (len(self._users.ids) - 1) * (0.8 + 0.2 * time)
+        known_users = 1 + (len(self._users.ids) - 1) * (0.9 + 0.1 * time)
         users = (known_users * draws.uniform("user", at) ** 1.5).astype(np.int64)
         items = self._chosen(at)
         device, placement, country = (
@@ -188,7 +188,7 @@ class Events:
         released = (at / self._rows * (len(self._items.ids) - self._old)).astype(np.int64)
         bits = self._draws.bits("item", at)
         uniform = unit(bits)
-        fresh = ((bits & np.uint64(0xFF)) < np.uint64(38)) & (released > 0)
+        fresh = ((bits & np.uint64(0xFF)) < np.uint64(20)) & (released > 0)
         return np.where(fresh, self._old + (uniform * released).astype(np.int64), zipf(uniform, self._old))
 
     def _react(self, shown: _Shown) -> _Reactions:
