@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt cov bench clean
+.PHONY: help setup demo test lint cudf fmt cov bench clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
@@ -36,6 +36,12 @@ lint: setup  ## check style, types, import directions and budgets
 	@.venv/bin/lint-imports --no-logo
 	@$(PYTHON_VENV) -m pytest -q tests/test_architecture.py
 
+cudf:  ## check that cudf-polars knows the ETL's queries: an environment of its own, 2 GB, no GPU needed
+	@[ -x .venv-cudf/bin/pytest ] || { $${PYTHON:-python3.11} -m venv .venv-cudf && \
+	    .venv-cudf/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes \
+	    -r requirements/cudf-polars.lock; }
+	@.venv-cudf/bin/python -m pytest $(ARGS) tests/etl/test_device.py
+
 fmt: setup  ## format, and mend what can be mended
 	@$(PYTHON_VENV) -m ruff check --fix .
 	@$(PYTHON_VENV) -m ruff format .
@@ -52,5 +58,5 @@ bench: setup  ## run every benchmark in its quick form
 	[ -n "$$found" ] || echo "benchmarks/: no scripts yet, nothing to run"
 
 clean:  ## remove .venv, out/ and caches
-	rm -rf .venv .setup.lock out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf .venv .venv-cudf .setup.lock out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -108,7 +108,7 @@ class Etl(Section):
     engine: Literal["polars", "nvtabular"] = Field(
         "polars", description="polars: streaming on CPU; nvtabular: on pandas or cuDF, also on several machines"
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", exclude=True, description="nvtabular: cuda is cuDF on the GPUs")
+    device: Literal["cpu", "cuda"] = Field("cpu", exclude=True, description="cuda: cudf-polars, or cuDF for nvtabular")
     scheduler: str | None = Field(
         None, exclude=True, pattern=r"^\w+://", description="nvtabular: address of a Dask scheduler, tcp://host:8786"
     )
@@ -117,8 +117,8 @@ class Etl(Section):
 
     @model_validator(mode="after")
     def _one_engine(self) -> "Etl":
-        if self.engine != "nvtabular" and (self.device != "cpu" or self.scheduler):
-            raise ValueError("'device' and 'scheduler' belong to engine = 'nvtabular'")
+        if self.engine != "nvtabular" and self.scheduler:
+            raise ValueError("'scheduler' belongs to engine = 'nvtabular'")
         return self
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from etl.artifact import Json
+    from etl.engines.device import Device
     from etl.extend import Parent
     from etl.schema import IdFeature, Table
     from etl.spec import Etl, FeatureSpec
@@ -41,7 +42,10 @@ def open_engine(etl: "Etl", *, beside: Path) -> Iterator[Engine]:
         Fault: the engine is not installed, or what it shall run on is not there.
     """
     if etl.engine == "polars":
-        yield _Polars()
+        from etl.engines.device import check_device
+
+        check_device(etl.device)
+        yield _Polars(etl.device)
         return
     from etl.engines.nvtabular.engine import open_nvtabular
 
@@ -52,10 +56,15 @@ def open_engine(etl: "Etl", *, beside: Path) -> Iterator[Engine]:
 class _Polars:
     """Fits with polars and encodes with the served transform itself."""
 
+    def __init__(self, device: "Device") -> None:
+        self._device = device
+
     def fit(self, spec: "FeatureSpec", train: Path, *, transform: Path, parent: "Parent | None") -> "Fitted":
+        from etl.engines.device import queries_on
         from etl.engines.polars import fit
 
-        return fit(spec, train, transform=transform, parent=parent)
+        with queries_on(self._device):
+            return fit(spec, train, transform=transform, parent=parent)
 
     def encoder(self, staged: Path, transform: "Transform") -> "Encode":
         from etl.pack import encode

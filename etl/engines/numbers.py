@@ -102,7 +102,7 @@ def _moments(feature: Numeric, rows: pl.LazyFrame, *, step: Json, seen: _Seen) -
 
 def _one(rows: pl.LazyFrame, *aggregates: pl.Expr) -> tuple[float, ...]:
     named = [aggregate.alias(str(at)) for at, aggregate in enumerate(aggregates)]
-    return rows.select(named).collect(engine="streaming").row(0)
+    return rows.select(named).collect().row(0)
 
 
 def _reader(feature: Numeric, train: Path) -> Reader:

@@ -131,10 +131,9 @@ def test_a_scheduler_that_does_not_answer_is_a_fault(monkeypatch: pytest.MonkeyP
         pass
 
 
-@pytest.mark.parametrize("etl", [{"device": "cuda"}, {"scheduler": "tcp://host:8786"}])
-def test_device_and_scheduler_belong_to_this_engine(folder: Path, etl: dict[str, str]) -> None:
-    with pytest.raises(Faults, match="belong to engine = 'nvtabular'"):
-        spec_of(folder, **etl)
+def test_a_scheduler_belongs_to_this_engine(folder: Path) -> None:
+    with pytest.raises(Faults, match="'scheduler' belongs to engine = 'nvtabular'"):
+        spec_of(folder, scheduler="tcp://host:8786")
 
 
 def test_where_it_runs_is_no_part_of_what_it_makes(folder: Path) -> None:

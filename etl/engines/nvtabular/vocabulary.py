@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 
 from etl.engines.fitting import Fitting
 from etl.engines.nvtabular.plan import Looked
-from etl.engines.vocabulary import grown
+from etl.engines.vocabulary import grown, values_of
 from etl.faults import Fault
 from etl.pack import text_keys
-from etl.spec import Categorical, column_of
 from etl.transform import MISSING_KEY, RESERVED_KEYS
 
 
@@ -49,12 +48,7 @@ def fit_table(name: str, users: Sequence[Looked], *, found: Path, ordered: Path,
 
 def _texts(name: str, users: Sequence[Looked], *, rows: pl.LazyFrame) -> pl.DataFrame:
     """value, key: every text of the columns, once."""
-    columns = {column_of(user): not isinstance(user, Categorical) for user in users}
-    texts = [
-        rows.select(value=pl.col(column).explode(empty_as_null=True) if listed else pl.col(column))
-        for column, listed in columns.items()
-    ]
-    values = pl.concat(texts).drop_nulls().unique().collect(engine="streaming")["value"]
+    values = values_of(users, rows).unique().collect(engine="streaming")["value"]
     keys = text_keys(values.to_arrow())
     if len(np.unique(keys)) < len(keys):
         remedy = "set hash_rows for this feature, where collisions are expected"
