@@ -187,7 +187,8 @@ class Transform:
         self.signature = Signature.from_json(state["signature"])
         self.features: list[State] = state["features"]
         self.dense: list[State] = state["dense"]
-        self._vocabularies, self._encodings = tables, encodings or {}
+        self.encodings: Encodings = encodings or {}
+        self._vocabularies = tables
         self._key_places = self.signature.places(self.signature.keys)
         self._number_places = self.signature.places(self.signature.numbers)
 
@@ -225,7 +226,7 @@ class Transform:
         """One dense input [B, 1]: the number of a value, or a scaled number."""
         if "by" not in step:
             return scale(packed.numbers[:, self._number_places[step["column"]]], step)
-        return self._encodings[step["name"]](crossed([packed.keys[:, self._key_places[name]] for name in step["by"]]))
+        return self.encodings[step["name"]](crossed([packed.keys[:, self._key_places[name]] for name in step["by"]]))
 
     def _key(self, step: State, *, packed: Packed, keys: Mapping[str, Int64s]) -> Int64s:
         """The values [B, slots] of an id feature before its table is looked up."""

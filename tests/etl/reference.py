@@ -7,7 +7,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from etl.spec import Bag, Categorical, Cross, FeatureSpec, Numeric, Sequence, column_of, resolve, table_of
+from etl.spec import (
+    Bag,
+    Categorical,
+    Count,
+    Cross,
+    FeatureSpec,
+    Numeric,
+    Sequence,
+    Target,
+    column_of,
+    resolve,
+    table_of,
+)
 
 Columns = Mapping[str, list[Any]]
 Key = int | None
@@ -48,6 +60,9 @@ def expected(spec: FeatureSpec, splits: Mapping[str, Columns]) -> Expected:
         found.ids[split], found.numbers[split], found.missing[split], found.unseen[split] = {}, {}, {}, {}
         for name, feature in features.items():
             step = fitted.steps.get(name)
+            if isinstance(feature, Target | Count):
+                found.numbers[split][name] = list(_encodings(feature, spec, splits=splits, split=split))
+                continue
             if isinstance(step, _Scale):
                 scaled = [step(value) for value in columns[column_of(feature)]]
                 found.numbers[split][name if feature.as_ == "dense" else f"{name}:value"] = scaled
@@ -153,6 +168,27 @@ def _encode(feature: Any, columns: Columns, *, fitted: _Fitted, found: Expected,
     found.unseen[split][name] = sum(row == 0 for cell in rows for row in cell) - missing
     if isinstance(feature, Bag) and feature.weight_column:
         found.numbers[split][f"{name}:value"] = [weights or [] for weights in columns[feature.weight_column]]
+
+
+def _encodings(
+    feature: Target | Count, spec: FeatureSpec, *, splits: Mapping[str, Columns], split: str
+) -> Iterator[float]:
+    """What the training rows say about each row's values; a training row sees the other folds' labels alone."""
+    train, rows = splits["train"], splits[split]
+    seen = list(zip(*(train[column] for column in feature.by), strict=True))
+    if isinstance(feature, Count):
+        for cell in zip(*(rows[column] for column in feature.by), strict=True):
+            count = 0 if None in cell else seen.count(cell)
+            yield math.log1p(count) if feature.log1p else count
+        return
+    task = next(task for task in spec.tasks if task.name == feature.task)
+    counted = [at for at in range(len(seen)) if task.given is None or train[task.given][at]]
+    folds = [_mix(at ^ _mix(_mix(feature.seed))) % feature.folds for at in range(len(seen))]
+    for at, cell in enumerate(zip(*(rows[column] for column in feature.by), strict=True)):
+        among = [other for other in counted if split != "train" or folds[other] != folds[at]]
+        labels = [train[task.name][other] for other in among if None not in cell and seen[other] == cell]
+        rate = sum(train[task.name][other] for other in among) / len(among) if among else 0.5
+        yield (sum(labels) + feature.smoothing * rate) / (len(labels) + feature.smoothing) if labels else rate
 
 
 def _absent(value: float | None) -> bool:

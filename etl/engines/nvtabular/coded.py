@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from etl.engines.nvtabular.plan import Plan
 from etl.engines.nvtabular.prepare import unmarked
 from etl.pack import pack
-from etl.transform import MISSING_NUMBER, NO_KEY, Encoded, Float64s, Int64s, Signature, State, beside
+from etl.transform import MISSING_NUMBER, NO_KEY, Encoded, Float64s, Int64s, Signature, State, Transform, beside
 
 FIRST_CODE = 3
 """The code of Categorify's first value; those below stand for padding, null and unseen."""
@@ -45,10 +46,11 @@ class Parts:
 class Coded:
     """Encodes the rows of one split from its parts. Ids of a list beyond `max_length` are dropped, oldest first."""
 
-    def __init__(self, parts: Parts, *, plan: Plan, features: Sequence[State], signature: Signature) -> None:
-        self._parts, self._plan, self._features = parts, plan, features
+    def __init__(self, parts: Parts, *, plan: Plan, transform: Transform) -> None:
+        features, signature = transform.features, transform.signature
+        self._parts, self._plan, self._features, self._dense = parts, plan, features, transform.dense
         self._weights = _of_weights(features, signature)
-        self._dense = [name for name, feature in plan.numbers.items() if feature.as_ == "dense"]
+        self._encodings = _of_encodings(transform)
         keys = {plan.of[step["name"]]: step for step in features if step["kind"] != "field"}
         listed = {name: step["column"] for name, step in keys.items() if step.get("column") in signature.slots}
         self._ids = Signature(
@@ -68,7 +70,7 @@ class Coded:
         zeros = np.array([np.count_nonzero(rows == 0) for rows in ids], np.int64)
         unseen = np.array([np.count_nonzero(rows == UNSEEN) for rows in ids], np.int64)
         none = np.empty((raw.num_rows, 0))
-        dense = [coded[name].to_numpy()[:, None] for name in self._dense]
+        dense = self._dense_columns(raw, coded)
         weights = pack(raw.select(list(self._weights.numbers)), self._weights).numbers
         values = [v for step in self._features if (v := self._values(step, coded, weights=weights)) is not None]
         rows = [np.where(row == NO_KEY, -1, np.maximum(row, 0)) for row in ids]
@@ -78,6 +80,15 @@ class Coded:
             zeros,
             unseen,
         )
+
+    def _dense_columns(self, raw: pa.Table, coded: pa.Table) -> list[npt.NDArray[Any]]:
+        """Dense inputs [B, 1] in the schema's order: encodings by the served transform, numbers by the Workflow."""
+        signature = self._encodings.signature
+        encoded = iter(self._encodings.apply(pack(raw.select(list(signature.columns)), signature)).floats.T)
+        return [
+            (next(encoded) if "by" in step else coded[self._plan.of[step["name"]]].to_numpy())[:, None]
+            for step in self._dense
+        ]
 
     def _column(self, name: str, coded: pa.Table) -> pa.Array:
         """Rows of the table as numbers or lists of them: 0 missing, -1 unseen."""
@@ -114,3 +125,12 @@ def _of_weights(features: Sequence[State], signature: Signature) -> Signature:
     names = tuple(dict.fromkeys(step["weights"] for step in features if step.get("weights")))
     slots: Mapping[str, int] = {name: signature.slots[name] for name in names}
     return Signature({name: signature.columns[name] for name in names}, (), names, dict(slots), ())
+
+
+def _of_encodings(transform: Transform) -> Transform:
+    """What looks up the target and count encodings alone."""
+    steps = [step for step in transform.dense if "by" in step]
+    keys = tuple(dict.fromkeys(column for step in steps for column in step["by"]))
+    columns = {name: transform.signature.columns[name] for name in keys}
+    signature = Signature(columns, keys, (), {}, ()).as_json()
+    return Transform({"signature": signature, "features": [], "dense": steps}, {}, encodings=transform.encodings)

@@ -10,18 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl.artifact import Json
+from etl.engines.encodings import fit_encoding
 from etl.engines.fitting import Fitting
 from etl.engines.nvtabular.cluster import Workers, open_workers
 from etl.engines.nvtabular.coded import Coded, Parts
 from etl.engines.nvtabular.library import Dataset, delayed, quiet
-from etl.engines.nvtabular.plan import Plan, known, plan, refused
+from etl.engines.nvtabular.plan import Plan, plan, refused
 from etl.engines.nvtabular.prepare import prepare
 from etl.engines.nvtabular.state import id_step, looked_step
 from etl.engines.nvtabular.vocabulary import fit_table
 from etl.engines.nvtabular.workflow import Graph, build
 from etl.engines.polars import _described, _signature
 from etl.schema import IdFeature, Table
-from etl.spec import Bag, Etl, FeatureSpec, Numeric, resolve
+from etl.spec import Bag, Count, Etl, FeatureSpec, Numeric, Target, resolve
 from etl.transform import Transform
 
 if TYPE_CHECKING:
@@ -74,13 +75,17 @@ class NVTabular:
             users = spec.shared_tables()[table]
             tables[table] = fit_table(table, users, found=found, ordered=ordered, fitting=fitting)
             self._graph.use(columns, ordered)
-        return self._state(spec, signature=signature, tables=tables)
+        return self._state(spec, signature=signature, tables=tables, fitting=fitting)
 
-    def _state(self, spec: FeatureSpec, *, signature: Json, tables: dict[str, int]) -> "Fitted":
+    def _state(self, spec: FeatureSpec, *, signature: Json, tables: dict[str, int], fitting: Fitting) -> "Fitted":
         ids: list[Json] = []
         dense: list[Json] = []
         features: list[IdFeature] = []
-        for feature in known(spec):
+        encodings = {feature.name: feature for feature in spec.encodings()}
+        for feature in resolve(spec.features):
+            if isinstance(feature, Target | Count):
+                dense.append(fit_encoding(encodings[feature.name], spec.tasks, fitting=fitting))
+                continue
             if isinstance(feature, Numeric) and feature.as_ == "dense":
                 dense.append(self._graph.scale_step(self._plan.of[str(feature.name)], feature))
                 continue
@@ -111,7 +116,7 @@ class NVTabular:
         if sum(rows) != expected:
             raise refused(f"data.{staged.stem}", what=f"{sum(rows)} of {expected} rows")
         parts = Parts(files, rows)
-        return Coded(parts, plan=self._plan, features=transform.features, signature=transform.signature)
+        return Coded(parts, plan=self._plan, transform=transform)
 
     def _dataset(self, staged: Path, checked: Transform) -> tuple[Any, int]:
         """A staged split for NVTabular, a partition a row group, and its rows."""

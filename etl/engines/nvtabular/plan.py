@@ -59,9 +59,11 @@ def plan(spec: FeatureSpec) -> Plan:
     """Plans the columns.
 
     Raises:
-        Fault: a feature that this engine does not know, or more columns on one table than NVTabular can name.
+        Fault: nothing for NVTabular to do, or more columns on one table than it can name.
     """
-    made, features = Plan(), known(spec)
+    made, features = Plan(), graphed(spec)
+    if not features:
+        raise refused("features", what="target and count encodings alone")
     for feature in features:
         if isinstance(feature, Looked):
             key = (table_of(feature), column_of(feature))
@@ -82,14 +84,9 @@ def refused(place: str, *, what: str) -> Fault:
     return Fault(place, got=f"{what} with engine 'nvtabular'", wanted="engine 'polars'", remedy='set engine = "polars"')
 
 
-def known(spec: FeatureSpec) -> list[Looked | Numeric | Cross]:
-    """The features, resolved. Raises Fault where this engine does not know one."""
-    found: list[Looked | Numeric | Cross] = []
-    for feature in resolve(spec.features):
-        if not isinstance(feature, Looked | Numeric | Cross):
-            raise refused(f"features.{feature.name}", what=f"type = '{feature.type}'")
-        found.append(feature)
-    return found
+def graphed(spec: FeatureSpec) -> list[Looked | Numeric | Cross]:
+    """The features that the Workflow makes, resolved: all but target and count encodings."""
+    return [feature for feature in resolve(spec.features) if isinstance(feature, Looked | Numeric | Cross)]
 
 
 def _key_column(feature: Looked, *, at: int) -> KeyColumn:
