@@ -5,6 +5,8 @@ it should, and that names which cuDF has moved are put back. They run no kernel 
 """
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +38,19 @@ from etl.engines.nvtabular.plan import plan
 from etl.engines.nvtabular.prepare import marked, unmarked
 from etl.engines.nvtabular.workflow import build
 
+JOB = """
+import os, signal
+from pathlib import Path
+from etl.experiment_file import parse
+from etl.run import run
+from etl.spec import FeatureSpec
+
+def report(stage, rows):
+    if stage == {killed!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run(parse({raw!r} | {{"etl": {etl!r}}}, place="x", into=FeatureSpec), Path({out!r}), report=report)
+"""
 ROWS = 90
 FEATURES: list[dict[str, Any]] = [
     {"type": "categorical", "name": "item", "dtype": "int64", "table": "items"},
@@ -103,6 +118,12 @@ def test_a_fault_leaves_nothing(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["rows.parquet"]
 
 
+def test_encodings_alone_are_refused(folder: Path) -> None:
+    with pytest.raises(Fault, match="features: got target and count encodings alone with engine 'nvtabular'"):
+        run(spec_of(folder, [{"type": "count", "name": "n", "by": ["city"]}], engine="nvtabular"), folder / "data",
+            report=silent)  # fmt: skip
+
+
 def test_an_extension_is_refused(folder: Path) -> None:
     from etl.extend import read_parent
 
@@ -113,15 +134,48 @@ def test_an_extension_is_refused(folder: Path) -> None:
         run(spec, folder / "data", report=silent, parent=parent)
 
 
-@pytest.mark.slow
-@pytest.mark.dist
-def test_two_workers_make_the_same_folder_as_one_process(folder: Path) -> None:
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A scheduler and two workers, each a process."""
     from distributed import LocalCluster
 
+    with quiet(), LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as made:
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_workers_make_the_same_folder_as_one_process(folder: Path, cluster: Any) -> None:
     run(spec_of(folder, engine="nvtabular"), folder / "alone", report=silent)
-    with quiet(), LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster:
-        run(spec_of(folder, engine="nvtabular", scheduler=cluster.scheduler_address), folder / "two", report=silent)
+    spec = spec_of(folder, engine="nvtabular", scheduler=cluster.scheduler_address)
+    run(spec, folder / "two", report=silent)
     check_same(folder / "alone", folder / "two")
+    assert cluster.scheduler.transition_counter > 0, "tasks went through the scheduler"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_folder_is_the_old_one_or_a_whole_new_one_whatever_dies(folder: Path, cluster: Any) -> None:
+    """A killed job leaves the old folder; with a killed worker the other one makes the new folder whole."""
+    run(spec_of(folder, engine="nvtabular"), folder / "data", report=silent)
+    before = (folder / "data/manifest.json").read_bytes()
+    etl = {"engine": "nvtabular", "scheduler": cluster.scheduler_address, "rows_per_group": 4}
+    for killed in ("encode train", "encode valid"):
+        code = JOB.format(raw=spec_of(folder, **etl).model_dump(mode="json", by_alias=True), etl=etl, killed=killed,
+                          out=str(folder / "data"))  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert (folder / "data/manifest.json").read_bytes() == before
+    pids = iter(cluster.workers[0].process.pid for _ in range(1))
+
+    def kill_a_worker(stage: str, rows: int) -> None:
+        if stage == "encode train" and (pid := next(pids, None)):
+            os.kill(pid, signal.SIGKILL)
+
+    run(spec_of(folder, **etl), folder / "data", report=kill_a_worker)
+    run(spec_of(folder, engine="nvtabular", rows_per_group=4), folder / "alone", report=silent)
+    check_same(folder / "alone", folder / "data")
+    assert next(pids, None) is None, "a worker was killed"
 
 
 def test_a_scheduler_that_does_not_answer_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +245,7 @@ def test_names_that_cudf_has_moved_are_put_back(modules: dict[str, ModuleType]) 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(find_spec("cudf") is None, reason="cuDF 24.12 is not installed")
 def test_a_gpu_makes_the_same_folder(folder: Path) -> None:
     run(spec_of(folder, engine="nvtabular"), folder / "cpu", report=silent)
     run(spec_of(folder, engine="nvtabular", device="cuda"), folder / "gpu", report=silent)

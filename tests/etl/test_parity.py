@@ -107,13 +107,13 @@ Case = tuple[dict[str, Columns], list[dict[str, Any]], int]
 cases = st.tuples(tables(), features(), st.sampled_from([8, 100]))
 
 
-def spec_of(features: list[dict[str, Any]], *, engine: str, group: int) -> FeatureSpec:
+def spec_of(features: list[dict[str, Any]], *, group: int, **etl: str) -> FeatureSpec:
     files = {split: [f"{split}-*.parquet"] for split in ("train", "valid", "test")}
     raw = {
         "data": {"format": "parquet"} | files,
         "tasks": [{"name": "click"}, {"name": "buy", "given": "click"}],
         "features": features,
-        "etl": {"engine": engine, "rows_per_group": group},
+        "etl": {"rows_per_group": group} | etl,
     }
     return parse(raw, place="parity", into=FeatureSpec)
 
@@ -138,11 +138,12 @@ def outcome(spec: FeatureSpec, out: Path) -> Path | str:
     return out
 
 
-def check(case: Case, folder: Path) -> None:
+def check(case: Case, folder: Path, *, device: str = "cpu") -> None:
     """Both engines fail alike, or make one folder, which is the reference's."""
     splits, chosen, group = case
     written(folder, splits, group=group)
-    specs = {engine: spec_of(chosen, engine=engine, group=group) for engine in ("polars", "nvtabular")}
+    options: dict[str, dict[str, str]] = {"polars": {}, "nvtabular": {"device": device}}
+    specs = {engine: spec_of(chosen, engine=engine, group=group, **etl) for engine, etl in options.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         ours, theirs = (outcome(spec, folder / engine) for engine, spec in specs.items())
@@ -232,5 +233,17 @@ def test_engines_and_reference_agree(part: int, tmp_path: Path) -> None:
     @given(case=cases)
     def agree(case: Case) -> None:
         check(case, tmp_path)
+
+    agree()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("cudf") is None, reason="cuDF 24.12 is not installed")
+def test_a_gpu_and_reference_agree(tmp_path: Path) -> None:
+    @settings(max_examples=50, suppress_health_check=thorough, phases=[Phase.generate])
+    @given(case=cases)
+    def agree(case: Case) -> None:
+        check(case, tmp_path, device="cuda")
 
     agree()
