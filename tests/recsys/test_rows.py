@@ -21,7 +21,8 @@ from tests.registry import config_of, network_of, random_rows, rich_schema
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
-STEPS, SIZE, SEED, LIMIT = 4, 5, 11, 1e-6
+STEPS, SIZE, SEED = 4, 5, 11
+LIMITS = {"cpu": 1e-6, "cuda": 2e-5}  # a GPU adds in any order, and Adam divides what differs by a small root
 HEAD = Train(optimizer="sgd", learning_rate=0.05)
 DEEPFM = {"hidden": [8], "keep_prob": 1.0}
 FTRL = {"optimizer": "ftrl", "learning_rate": 0.1, "accumulator_start": 0.1, "l1": 0.001, "ftrl_l2": 0.01}
@@ -39,18 +40,21 @@ WIDE_AND_DEEP = OPTIMIZERS["adagrad"] | {"linear": FTRL}
 L2 = {"l2": 0.05, "linear_l2": 0.2}
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world("cpu") as alone:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with open_world(request.param) as alone:
         yield alone
 
 
-def loss_of(network: torch.nn.Module, schema: Schema, *, step: int) -> tuple[Tensor, Tensor]:
+def loss_of(
+    network: torch.nn.Module, schema: Schema, *, step: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """The mean logloss of step's own batch, and the ids of the batch."""
     ids_BS, floats_BN = random_rows(schema, SIZE, seed=100 + step)
     generator = torch.Generator().manual_seed(step)
-    labels_BT = torch.randint(0, 2, (SIZE, len(schema.tasks)), generator=generator).float()
-    return binary_cross_entropy_with_logits(network(ids_BS, floats_BN).logits_BT, labels_BT), ids_BS
+    labels_BT = torch.randint(0, 2, (SIZE, len(schema.tasks)), generator=generator).float().to(device)
+    logits_BT = network(ids_BS.to(device), floats_BN.to(device)).logits_BT
+    return binary_cross_entropy_with_logits(logits_BT, labels_BT), ids_BS
 
 
 def touched(schema: Schema, ids_BS: Tensor, *, table: str) -> set[int]:
@@ -124,14 +128,14 @@ class Trained:
     """The network behind TorchRec, as the trainer drives it."""
 
     def __init__(self, config: ModelConfig, embedding: Embedding, *, schema: Schema, world: World) -> None:
-        self.schema = schema
+        self.schema, self.device = schema, world.device
         network = network_of(config, schema, dim=embedding.dim)
         self.sharded: Sharded = shard(network, embedding, world=world, seed=SEED)
         self.optimizer = dense_optimizer(self.sharded.model, HEAD, linear=None)
 
     def step(self, step: int) -> float:
         self.sharded.begin_step(step)
-        loss, _ = loss_of(self.sharded.model, self.schema, step=step)
+        loss, _ = loss_of(self.sharded.model, self.schema, step=step, device=self.device)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -142,7 +146,7 @@ class Trained:
         names = dict.fromkeys(feature.table for feature in self.schema.features)
         state = self.sharded.model.state_dict()
         found = {table: state.get(f"tables.embedding_bags.{table}.weight") for table in names}
-        return {table: w.local_shards()[0].tensor.detach().clone() for table, w in found.items() if w is not None}
+        return {table: w.local_shards()[0].tensor.detach().cpu().clone() for table, w in found.items() if w is not None}
 
 
 def embedding_of(settings: Mapping[str, Any], **more: Any) -> Embedding:
@@ -151,15 +155,15 @@ def embedding_of(settings: Mapping[str, Any], **more: Any) -> Embedding:
 
 def compare(config: ModelConfig, embedding: Embedding, *, world: World, schema: Schema | None = None) -> None:
     """The same loss and tables after each step; rows that don't move, and padding, stay bit-equal."""
-    schema = schema or rich_schema()
+    schema, limit = schema or rich_schema(), LIMITS[world.device.type]
     trained = Trained(config, embedding, schema=schema, world=world)
     start = before = trained.tables()
     plain = Plain(config, embedding, schema=schema, start=start)
     for step in range(1, STEPS + 1):
-        assert trained.step(step) == pytest.approx(plain.step(step), abs=LIMIT)
+        assert trained.step(step) == pytest.approx(plain.step(step), abs=limit)
         after = trained.tables()
         for table, weight_RW in after.items():
-            torch.testing.assert_close(weight_RW, plain.weights[table].detach(), rtol=0, atol=LIMIT, msg=table)
+            torch.testing.assert_close(weight_RW, plain.weights[table].detach(), rtol=0, atol=limit, msg=table)
             still = sorted(set(range(len(weight_RW))) - plain.moved[table])
             assert torch.equal(weight_RW[still], before[table][still]), table
             assert not (config.linear and weight_RW[:, -3:].any()), table
@@ -207,7 +211,7 @@ def test_fused_optimizers_agree_with_our_own(name: str, world: World) -> None:
             trained.step(step)
         found.append(trained.tables())
     for table, fused_RW in found[0].items():
-        torch.testing.assert_close(found[1][table], fused_RW, rtol=0, atol=1e-6, msg=table)
+        torch.testing.assert_close(found[1][table], fused_RW, rtol=0, atol=LIMITS[world.device.type], msg=table)
 
 
 @pytest.mark.parametrize("settings", [{}, L2, L2 | {"l2_scope": "table"}, {"linear": FTRL}])
@@ -260,7 +264,9 @@ def test_a_scaled_rate_is_that_rate(name: str, settings: dict[str, str], world: 
         plain.step(step)
         for table, weight_RW in trained.tables().items():
             assert not torch.equal(weight_RW, before[table])
-            torch.testing.assert_close(weight_RW, plain.weights[table].detach(), rtol=0, atol=LIMIT, msg=table)
+            torch.testing.assert_close(
+                weight_RW, plain.weights[table].detach(), rtol=0, atol=LIMITS[world.device.type], msg=table
+            )
 
 
 def test_a_scaled_rate_reaches_the_first_order_weights_optimizer(world: World) -> None:
@@ -277,7 +283,9 @@ def test_a_scaled_rate_reaches_the_first_order_weights_optimizer(world: World) -
         trained.step(step)
         plain.step(step)
     for table, weight_RW in trained.tables().items():
-        torch.testing.assert_close(weight_RW, plain.weights[table].detach(), rtol=0, atol=LIMIT, msg=table)
+        torch.testing.assert_close(
+            weight_RW, plain.weights[table].detach(), rtol=0, atol=LIMITS[world.device.type], msg=table
+        )
 
 
 def test_rows_start_normal_and_weights_at_0(world: World) -> None:

@@ -1,0 +1,92 @@
+"""Training on a GPU against the same training on the CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from etl.artifact import Json
+from recsys.evaluate import evaluate
+from recsys.experiment import Embedding, Experiment
+from recsys.models import MODELS
+from recsys.parallel.world import open_world
+from recsys.train import train
+from tests.recsys.test_rows import OPTIMIZERS, Trained
+from tests.registry import config_of, rich_schema
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quiet")]
+
+STEPS = 3
+
+
+def steps_on(device: str, kind: str, *, optimizer: str) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of a few steps without dropout, whose masks differ by device, and the tables after them."""
+    embedding = Embedding.model_validate({"dim": 8, "init_std": 0.3} | OPTIMIZERS[optimizer])
+    with open_world(device) as world:
+        trained = Trained(config_of(kind), embedding, schema=rich_schema(), world=world)
+        trained.sharded.model.eval()
+        return [trained.step(step) for step in range(1, STEPS + 1)], trained.tables()
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_model_takes_the_steps_of_the_cpu(kind: str, optimizer: str) -> None:
+    on_cpu, on_gpu = (steps_on(device, kind, optimizer=optimizer) for device in ("cpu", "cuda"))
+    assert on_gpu[0] == pytest.approx(on_cpu[0], rel=1e-5)
+    for table, rows in on_cpu[1].items():
+        torch.testing.assert_close(
+            on_gpu[1][table],
+            rows,
+            rtol=0,
+            atol=1e-3 if optimizer == "adam" else 1e-4,
+            msg=f"{table}: {(on_gpu[1][table] - rows).abs().max():.1e}",
+        )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["wide_deep", "dcnv2"])
+def test_a_known_signal_is_learnt_on_either(
+    kind: str, precision: str, dataset: Path, tmp_path: Path, experiment: Callable[..., Experiment]
+) -> None:
+    """A checkpoint made on the GPU also gives the same figures on the CPU."""
+
+    def learn(device: str, run: Path) -> Json:
+        settings = experiment(
+            model=MODELS[kind](),
+            train={"epochs": 8, "learning_rate": 0.01, "device": device, "precision": precision},
+            embedding={"learning_rate": 0.1},
+        )
+        return train(settings, data=dataset, run=run, report=lambda record: None)
+
+    on_gpu, on_cpu = learn("cuda", tmp_path / "gpu"), learn("cpu", tmp_path / "cpu")
+    assert on_gpu["test"]["auc"] == pytest.approx(on_cpu["test"]["auc"], abs=0.01)
+    assert on_gpu["test"]["auc"] > 0.78
+    described = tmp_path / "gpu" / "experiment.json"
+    described.write_text(described.read_text().replace('"cuda"', '"cpu"').replace('"bf16"', '"fp32"'))
+    found = evaluate(tmp_path / "gpu", data=dataset, split="test")
+    assert found is not None
+    assert found["auc"] == pytest.approx(on_gpu["test"]["auc"], abs=1e-5 if precision == "fp32" else 2e-3)
+
+
+def test_a_run_goes_on_where_it_was_killed(
+    dataset: Path, tmp_path: Path, experiment: Callable[..., Experiment]
+) -> None:
+    """Stopped after one of two epochs and taken up again: the result of the run that never stopped."""
+    train_section = {"device": "cuda", "epochs": 2, "checkpoint_every_steps": 10}
+    settings = experiment(train=train_section)
+    whole = train(settings, data=dataset, run=tmp_path / "whole", report=lambda record: None)
+
+    class Killed(Exception):
+        pass
+
+    def kill(record: Json) -> None:
+        if record["step"] >= 35:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(settings, data=dataset, run=tmp_path / "cut", report=kill)
+    rest = train(settings, data=dataset, run=tmp_path / "cut", report=lambda record: None)
+    assert rest["steps"] == whole["steps"]
+    assert rest["test"]["auc"] == pytest.approx(whole["test"]["auc"], abs=1e-4)
