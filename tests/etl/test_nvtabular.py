@@ -160,12 +160,12 @@ def test_the_folder_is_the_old_one_or_a_whole_new_one_whatever_dies(folder: Path
     run(spec_of(folder, engine="nvtabular"), folder / "data", report=silent)
     before = (folder / "data/manifest.json").read_bytes()
     etl = {"engine": "nvtabular", "scheduler": cluster.scheduler_address, "rows_per_group": 4}
-    for killed in ("encode train", "encode valid"):
-        code = JOB.format(raw=spec_of(folder, **etl).model_dump(mode="json", by_alias=True), etl=etl, killed=killed,
-                          out=str(folder / "data"))  # fmt: skip
+    raw = spec_of(folder, **etl).model_dump(mode="json", by_alias=True)
+    for killed, out in (("encode train", "data"), ("encode valid", "data"), ("encode test", "new")):
+        code = JOB.format(raw=raw, etl=etl, killed=killed, out=str(folder / out))
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        assert (folder / "data/manifest.json").read_bytes() == before
+        assert (folder / "data/manifest.json").read_bytes() == before and not (folder / "new").exists()
     pids = iter(cluster.workers[0].process.pid for _ in range(1))
 
     def kill_a_worker(stage: str, rows: int) -> None:
