@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint cudf fmt cov bench clean
+.PHONY: help setup demo test lint cudf fmt cov bench chaos clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
@@ -56,6 +56,9 @@ bench: setup  ## run every benchmark in its quick form
 	    $(PYTHON_VENV) "$$script" --quick || exit 1; \
 	done; \
 	[ -n "$$found" ] || echo "benchmarks/: no scripts yet, nothing to run"
+
+chaos: setup  ## kill training 100 times at random: the same end each time, and nothing hangs (about 15 minutes)
+	@$(PYTHON_VENV) benchmarks/chaos.py $(ARGS)
 
 clean:  ## remove .venv, out/ and caches
 	rm -rf .venv .venv-cudf .setup.lock out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -1,5 +1,6 @@
 """The bundle: everything that serves one trained network, in one folder. `bundle.json` is written last."""
 
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -29,15 +30,30 @@ class Signature(_Record):
         """Columns of the packed matrix of these raw columns."""
         return sum(self.slots.get(name, 1) for name in names)
 
+    def part(self, names: Collection[str]) -> "Signature":
+        """The signature of some of the raw columns."""
+        return Signature(
+            columns={name: dtype for name, dtype in self.columns.items() if name in names},
+            keys=tuple(name for name in self.keys if name in names),
+            numbers=tuple(name for name in self.numbers if name in names),
+            slots={name: size for name, size in self.slots.items() if name in names},
+            newest=tuple(name for name in self.newest if name in names),
+        )
+
 
 class ServeDefaults(_Record):
     """The experiment's [serve]; a port that is None is any free one."""
 
     instances: int = Field(ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    gpus: tuple[int, ...] = (0,)
     max_batch_size: int = Field(ge=1)
     grpc_port: int | None
     http_port: int | None
     metrics_port: int | None
+    user: tuple[str, ...]
+    max_candidates: int = Field(ge=1)
+    psi_alarm: float = Field(gt=0)
 
 
 class Bundle(_Record):

@@ -1,11 +1,14 @@
 """The commands of serving."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from etl.faults import exit_on_fault
+
+if TYPE_CHECKING:
+    from deploy.control import Server
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,6 +17,13 @@ app = typer.Typer(
     help="Serving on Triton: export a run, serve the bundle, score raw rows, compare served with offline scores.",
 )
 BundleFolder = Annotated[Path, typer.Argument(help="A bundle folder, for example out/demo/bundle.")]
+Repository = Annotated[Path, typer.Option(help="The Triton repository, for example out/demo/repository.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(help="Key of the server's model control; default server/admin.key beside the repository.")
+]
+Tls = Annotated[
+    Path | None, typer.Option(help="Folder with ca.crt, and tls.crt and tls.key for mutual TLS; default: plain gRPC.")
+]
 Url = Annotated[str, typer.Option(help="The server's gRPC address, HOST:PORT.")]
 
 
@@ -37,7 +47,7 @@ def export(
 
 @app.command()
 def serve(
-    bundle: BundleFolder,
+    bundle: Annotated[Path, typer.Argument(help="A bundle, or a repository that bundles were published into.")],
     *,
     grpc_port: Annotated[int | None, typer.Option(help="Default: the experiment's, else a free one.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Default: the experiment's, else a free one.")] = None,
@@ -45,19 +55,69 @@ def serve(
         int | None, typer.Option(min=1, help="Copies of the model; default: the experiment's.")
     ] = None,
     state: Annotated[Path | None, typer.Option(help="JSON with ports while ready; default server.json beside.")] = None,
+    network: Annotated[
+        Path | None, typer.Option(help="TOML with host, i_know, tls; default: loopback, plain text.")
+    ] = None,
 ) -> None:
     """Serve on the loopback interface until Ctrl-C or SIGTERM; a dead server or model process is started again."""
     with exit_on_fault():
+        from deploy.network import Network, read_network
+        from deploy.serve import Wanted
         from deploy.serve import serve as run_server
         from deploy.server import Endpoint
 
         def ready(endpoint: Endpoint) -> None:
             print(f"serving {bundle} as '{endpoint.model}' on {endpoint.host}")
             print(f"  gRPC {endpoint.grpc_port}, HTTP {endpoint.http_port}, metrics {endpoint.metrics_port}")
-            print(f"  log {endpoint.log}", flush=True)
+            print(f"  log {endpoint.log}, key of model control {endpoint.key_file}", flush=True)
 
         state = state or bundle.resolve().parent / "server.json"
-        run_server(bundle, state=state, grpc_port=grpc_port, http_port=http_port, instances=instances, ready=ready)
+        wanted = Wanted(grpc_port, http_port, instances, read_network(network) if network else Network())
+        run_server(bundle, wanted, state=state, ready=ready)
+
+
+@app.command()
+def publish(
+    bundle: BundleFolder,
+    *,
+    repo: Repository,
+    url: Annotated[str | None, typer.Option(help="gRPC address of the server that serves it, HOST:PORT.")] = None,
+    key_file: KeyFile = None,
+    tls: Tls = None,
+    keep: Annotated[int, typer.Option(min=1, help="Versions to keep, the served one among them.")] = 3,
+) -> None:
+    """Make a bundle the served version: tried on its golden requests first, then swapped in without a failed request.
+
+    A bundle that does not load or does not score as offline leaves all as it was, with exit code 2.
+    """
+    with exit_on_fault():
+        from recsys.progress import quiet_libraries
+
+        quiet_libraries()
+        from deploy.publish import publish as run_publication
+
+        done = run_publication(bundle, repo, server=_server(url, repo=repo, key_file=key_file, tls=tls), keep=keep)
+        before = f"before: {done.before}" if done.before else "the first"
+        print(f"{repo}: version {done.version} is served ({before}), kept {', '.join(map(str, done.kept))}")
+
+
+@app.command()
+def rollback(
+    *,
+    repo: Repository,
+    url: Annotated[str | None, typer.Option(help="gRPC address of the server that serves it, HOST:PORT.")] = None,
+    key_file: KeyFile = None,
+    tls: Tls = None,
+) -> None:
+    """Serve the version before the present one again; the present one is removed."""
+    with exit_on_fault():
+        from recsys.progress import quiet_libraries
+
+        quiet_libraries()
+        from deploy.publish import rollback as run_rollback
+
+        done = run_rollback(repo, server=_server(url, repo=repo, key_file=key_file, tls=tls))
+        print(f"{repo}: version {done.version} is served again, version {done.before} is removed")
 
 
 @app.command()
@@ -66,6 +126,7 @@ def score(
     url: Url,
     input_: Annotated[Path, typer.Option("--input", help="Raw rows: a .parquet or .jsonl file.")],
     output: Annotated[Path, typer.Option("--output", help="The parquet file to write: one column a task.")],
+    tls: Tls = None,
 ) -> None:
     """Score raw rows online."""
     with exit_on_fault():
@@ -73,7 +134,7 @@ def score(
         from etl.artifact import write_parquet
         from etl.sources import read_rows
 
-        with Client(url) as client:
+        with Client(url, tls=tls) as client:
             table = client.score(read_rows(input_, client.columns)).table()
         write_parquet(output, table)
         print(f"{output}: {table.num_rows:,} rows")
@@ -87,6 +148,7 @@ def verify(
     input_: Annotated[
         Path | None, typer.Option("--input", help="Raw rows to compare instead of the test split.")
     ] = None,
+    tls: Tls = None,
 ) -> None:
     """Compare served with offline scores, row by row; exit code 1 where one differs."""
     with exit_on_fault():
@@ -96,8 +158,53 @@ def verify(
         from deploy.verify import verify as run_verification
 
         wrong = 0
-        for comparison in run_verification(bundle, url=url, rows=input_):
+        for comparison in run_verification(bundle, url=url, rows=input_, tls=tls):
             print(comparison)
             wrong += comparison.rows - comparison.equal
         if wrong:
             raise SystemExit(1)
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle: served here, beside an empty model.")] = None,
+    *,
+    url: Annotated[str | None, typer.Option(help="Or a server that runs, HOST:PORT (gRPC), with random rows.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a request.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Clients of the closed loop.")] = 8,
+    rate: Annotated[float | None, typer.Option(min=0.1, help="Open loop instead: requests/s at random times.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.svg.")] = None,
+) -> None:
+    """Measure latencies, rows/s and CPU time a row; with a bundle also those of an empty model and of eager scoring."""
+    with exit_on_fault():
+        from recsys.progress import quiet_libraries
+
+        quiet_libraries()
+        from deploy.bench import Load
+        from deploy.bench_bundle import bench_bundle, bench_server, write_results
+        from etl.faults import Fault
+
+        load = Load(concurrency, rate)
+        if bundle is not None and url is None:
+            results = bench_bundle(bundle, rows=rows, load=load)
+        elif url is not None and bundle is None:
+            results = bench_server(url, rows=rows, load=load)
+        else:
+            wanted, remedy = "either of the two", "see 'deploy bench --help'"
+            raise Fault("bench", got="a bundle and --url, or neither", wanted=wanted, remedy=remedy)
+        print(f"{rows} rows a request, " + (f"{rate:g} requests/s" if rate else f"{concurrency} clients"))
+        print(f"{'':18}{'rows/s':>10}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'CPU us/row':>12}{'failed':>8}")
+        for each in results:
+            cpu = "" if each.cpu_us_per_row is None else f"{each.cpu_us_per_row:.2f}"
+            times = "".join(f"{value:9.2f}" for value in (each.p50_ms, each.p95_ms, each.p99_ms))
+            print(f"{each.side:18}{each.rows_per_s:10,.0f}{times}{cpu:>12}{each.failed:8,}")
+        if out is not None:
+            write_results(out, results, rows=rows, load=load)
+
+
+def _server(url: str | None, *, repo: Path, key_file: Path | None, tls: Path | None) -> "Server | None":
+    from deploy.control import Server
+    from deploy.server import KEY_FILE
+
+    default = repo.resolve().parent / "server" / KEY_FILE
+    return Server(url, key_file or default, tls) if url else None

@@ -1,56 +1,45 @@
-"""The client: raw rows in, probabilities out. It knows the server's address alone; the model says how to pack a row."""
+"""The clients: raw values in, probabilities out. They know the server's address; the model says how to pack a row."""
 
-import json
+import asyncio
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
-from etl.faults import Fault
-from etl.pack import pack
-from etl.transform import Packed, Signature
+from deploy.connect import connect, connect_async
+from deploy.wire import Answer, Message, Raw, Wire, pause_s, refuse, signature_of
+from deploy.wire import Rows as Rows
 
 MODEL = "ranker"
 _IN_FLIGHT = 4
-_CHANNEL = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the server answered: score float32 [B, T] and, where asked for, ids int64 [B, F]; tasks name the scores."""
-
-    tasks: tuple[str, ...]
-    score: npt.NDArray[np.float32]
-    ids: npt.NDArray[np.int64] | None
-
-    def table(self) -> pa.Table:
-        """One probability column a task."""
-        return pa.table({task: pa.array(self.score[:, at]) for at, task in enumerate(self.tasks)})
+_DEADLINE_S = 10.0
 
 
 class Client:
-    """A connection to one served model. Every call ends within `deadline_s`, and the server drops what is late."""
+    """A connection to one served model, kept open. Threads may share it.
 
-    def __init__(self, url: str, model: str = MODEL, *, deadline_s: float = 10.0) -> None:
-        """Raises Fault where no such model answers at `url` (HOST:PORT, gRPC)."""
-        self._url, self._model, self._deadline_s = url, model, deadline_s
+    Every request ends within `deadline_s`, tries included, and the server drops what is late. More rows than the
+    server's batch are several requests, four of them on the way at a time.
+    """
+
+    def __init__(
+        self, url: str, model: str = MODEL, *, deadline_s: float = _DEADLINE_S, tls: Path | None = None
+    ) -> None:
+        """Raises Fault where no such model answers at `url` (HOST:PORT, gRPC). `tls` is a folder, see `connect`."""
+        self._model, self._deadline_s = model, deadline_s
+        place = f"{url}: model '{model}'"
         try:
-            self._server = triton_grpc.InferenceServerClient(url, channel_args=_CHANNEL)
+            self._server = connect(url, tls=tls)
+            config = self._server.get_model_config(model, client_timeout=deadline_s)
         except InferenceServerException as error:
-            self._refuse(error)
-        signature = self._signature()
-        self.tasks: tuple[str, ...] = tuple(signature["tasks"])
-        self.columns: dict[str, str] = dict(signature["columns"])
-        self._max_rows = int(signature["max_rows"])
-        self._packing = Signature.from_json(signature)
+            refuse(error, place=place, deadline_s=deadline_s, wanted="a model served from a bundle")
+        self._wire = Wire(signature_of(config, place=place), place=place, deadline_s=deadline_s)
+        self.tasks, self.columns = self._wire.tasks, self._wire.columns
 
     def __enter__(self) -> Self:
         return self
@@ -64,97 +53,125 @@ class Client:
         """Closes the connection."""
         self._server.close()
 
-    def score(self, rows: pa.Table | Sequence[Mapping[str, object]], *, ids: bool = False) -> Rows:
+    def score(self, rows: Raw, *, ids: bool = False) -> Rows:
         """Scores raw rows: a table, or dicts with a key a column and None for missing.
 
         Raises:
             Fault: columns or values that the model does not take, a deadline passed, a server that can't be reached.
         """
-        try:
-            table = rows if isinstance(rows, pa.Table) else _table(rows)
-            packed = pack(table, self._packing)
-        except (ValueError, pa.ArrowException) as error:
-            remedy = "mend the rows"
-            raise Fault("the rows to score", got=str(error), wanted=self._wanted(), remedy=remedy) from None
-        outputs = ("score", "ids") if ids else ("score",)
-        results = list(self._chunks(packed, outputs))
-        score_BT = np.concatenate([np.empty((0, len(self.tasks)), np.float32), *(each["score"] for each in results)])
-        ids_BF = np.concatenate([each["ids"] for each in results]) if ids and results else None
-        return Rows(self.tasks, score_BT, ids_BF)
+        return self._wire.result(list(self._answers(self._wire.rows(rows, ids=ids))), ids=ids)
 
-    def _chunks(self, packed: Packed, outputs: Sequence[str]) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        """Requests of at most the server's batch, several in flight, answers in order."""
-        waiting: deque[Future[dict[str, npt.NDArray[Any]]]] = deque()
-        for start in range(0, len(packed.keys), self._max_rows):
+    def rank(self, user: Mapping[str, object], candidates: Raw, *, ids: bool = False) -> Rows:
+        """Scores one user's candidates, in their order; the user's columns travel once. Raises Fault as `score`."""
+        return self._wire.result(list(self._answers(self._wire.ranked(user, candidates, ids=ids))), ids=ids)
+
+    def _answers(self, messages: Iterator[Message]) -> Iterator[Answer]:
+        """Several requests on the way, answers in order."""
+        waiting: deque[tuple[Message, float, Future[Any]]] = deque()
+        for message in messages:
             if len(waiting) == _IN_FLIGHT:
-                yield self._answer(waiting.popleft())
-            rows = slice(start, start + self._max_rows)
-            waiting.append(self._send(Packed(packed.keys[rows], packed.numbers[rows]), outputs))
+                yield self._first(waiting)
+            waiting.append((message, time.monotonic() + self._deadline_s, self._send(message, self._deadline_s)))
         while waiting:
-            yield self._answer(waiting.popleft())
+            yield self._first(waiting)
 
-    def _send(self, packed: Packed, outputs: Sequence[str]) -> "Future[dict[str, npt.NDArray[Any]]]":
-        future: Future[dict[str, npt.NDArray[Any]]] = Future()
+    def _first(self, waiting: deque[tuple[Message, float, Future[Any]]]) -> Answer:
+        message, end, future = waiting.popleft()
+        return self._answer(message, end, future=future)
+
+    def _answer(self, message: Message, end: float, *, future: "Future[Any]") -> Answer:
+        attempt = 0
+        while True:
+            try:
+                return message.answer(future.result())
+            except InferenceServerException as error:
+                pause = pause_s(error, attempt=attempt, left_s=end - time.monotonic())
+                if pause is None:
+                    self._wire.refuse(error)
+            time.sleep(pause)
+            attempt += 1
+            future = self._send(message, max(end - time.monotonic(), 1e-3))
+
+    def _send(self, message: Message, timeout_s: float) -> "Future[Any]":
+        future: Future[Any] = Future()
 
         def done(result: Any, error: InferenceServerException | None) -> None:
             if error is not None:
                 future.set_exception(error)
             else:
-                future.set_result({name: result.as_numpy(name) for name in outputs})
+                future.set_result(result)
 
         self._server.async_infer(
-            self._model,
-            [_input(name, array) for name, array in (("keys", packed.keys), ("numbers", packed.numbers)) if array.size],
-            callback=done,
-            outputs=[triton_grpc.InferRequestedOutput(name) for name in outputs],
-            client_timeout=self._deadline_s,
+            self._model, message.inputs, callback=done, outputs=message.outputs, client_timeout=timeout_s
         )
         return future
 
-    def _answer(self, future: "Future[dict[str, npt.NDArray[Any]]]") -> dict[str, npt.NDArray[Any]]:
-        try:
-            return future.result()
-        except InferenceServerException as error:
-            self._refuse(error)
 
-    def _signature(self) -> Any:
-        try:
-            answer = self._server.get_model_config(self._model, client_timeout=self._deadline_s)
-        except InferenceServerException as error:
-            self._refuse(error)
-        parameters = answer.config.parameters
-        if "signature" not in parameters:
-            place, got = f"{self._url}: model '{self._model}'", "a model without a signature"
-            remedy = "serve a bundle with 'python -m deploy serve'"
-            raise Fault(place, got=got, wanted="a model served from a bundle", remedy=remedy)
-        return json.loads(parameters["signature"].string_value)
+class AsyncClient:
+    """The same for asyncio: `async with AsyncClient(url) as client: await client.score(rows)`. Tasks may share it."""
 
-    def _wanted(self) -> str:
-        return "the columns " + ", ".join(f"{name} ({dtype})" for name, dtype in self.columns.items())
+    def __init__(
+        self, url: str, model: str = MODEL, *, deadline_s: float = _DEADLINE_S, tls: Path | None = None
+    ) -> None:
+        """Connects when it is entered."""
+        self._url, self._model, self._deadline_s, self._tls = url, model, deadline_s, tls
 
-    def _refuse(self, error: InferenceServerException) -> NoReturn:
-        status, message = str(error.status()), str(error.message())
+    async def __aenter__(self) -> Self:
+        """Raises Fault where no such model answers."""
         place = f"{self._url}: model '{self._model}'"
-        if status.endswith("DEADLINE_EXCEEDED"):
-            wanted, remedy = (
-                f"an answer within {self._deadline_s:g} s",
-                "raise the deadline, or send fewer rows at once",
-            )
-            raise Fault(place, got="no answer", wanted=wanted, remedy=remedy) from None
-        if status.endswith("INVALID_ARGUMENT"):
-            raise Fault(place, got=message, wanted=self._wanted(), remedy="mend the rows") from None
-        remedy = "start it with 'python -m deploy serve BUNDLE' and give its gRPC address as HOST:PORT"
-        raise Fault(place, got=message, wanted="a server that serves this model", remedy=remedy) from None
+        self._server = connect_async(self._url, tls=self._tls)
+        try:
+            config = await self._server.get_model_config(self._model, client_timeout=self._deadline_s)
+            self._wire = Wire(signature_of(config, place=place), place=place, deadline_s=self._deadline_s)
+        except BaseException as error:
+            await self._server.close()
+            if isinstance(error, InferenceServerException):
+                refuse(error, place=place, deadline_s=self._deadline_s, wanted="a model served from a bundle")
+            raise
+        self.tasks, self.columns = self._wire.tasks, self._wire.columns
+        return self
 
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._server.close()
 
-def _table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
-    """All keys of all rows become columns, so that none is dropped in silence."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
+    async def score(self, rows: Raw, *, ids: bool = False) -> Rows:
+        """As `Client.score`."""
+        return self._wire.result(await self._answers(self._wire.rows(rows, ids=ids)), ids=ids)
 
+    async def rank(self, user: Mapping[str, object], candidates: Raw, *, ids: bool = False) -> Rows:
+        """As `Client.rank`."""
+        return self._wire.result(await self._answers(self._wire.ranked(user, candidates, ids=ids)), ids=ids)
 
-def _input(name: str, array: npt.NDArray[Any]) -> triton_grpc.InferInput:
-    kind = {"keys": "INT64", "numbers": "FP64"}[name]
-    tensor = triton_grpc.InferInput(name, list(array.shape), kind)
-    tensor.set_data_from_numpy(np.ascontiguousarray(array))
-    return tensor
+    async def _answers(self, messages: Iterator[Message]) -> list[Answer]:
+        free = asyncio.Semaphore(_IN_FLIGHT)
+
+        async def answer(message: Message) -> Answer:
+            async with free:
+                return await self._answer(message)
+
+        tasks = [asyncio.create_task(answer(message)) for message in messages]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one failed, the others are of no use
+                task.cancel()
+
+    async def _answer(self, message: Message) -> Answer:
+        end, attempt = time.monotonic() + self._deadline_s, 0
+        while True:
+            try:
+                result = await self._server.infer(
+                    self._model,
+                    message.inputs,
+                    outputs=message.outputs,
+                    client_timeout=max(end - time.monotonic(), 1e-3),
+                )
+                return message.answer(result)
+            except InferenceServerException as error:
+                pause = pause_s(error, attempt=attempt, left_s=end - time.monotonic())
+                if pause is None:
+                    self._wire.refuse(error)
+            await asyncio.sleep(pause)
+            attempt += 1

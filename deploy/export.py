@@ -13,15 +13,17 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 import etl.transform
-from deploy import ranker, triton_model_file
+from deploy import exporter, monitor, ranker, ranking, served_program, triton_model_file
 from deploy.bundle import MARKER, Bundle, ServeDefaults, Signature, file_hashes
 from deploy.offline import Scores, offline_scores
 from deploy.program import Lookup, ServedNetwork, save_program
+from deploy.reference import write_reference
 from etl.artifact import new_folder, read_json, write_json
 from etl.faults import Fault
 from etl.pack import pack
 from etl.schema import Schema
 from etl.sources import arrow_type, read_raw_split
+from etl.spec import expanded
 from etl.transform import Transform
 from recsys.experiment import Experiment
 from recsys.network import Network
@@ -49,6 +51,7 @@ def export(run: Path, out: Path) -> Bundle:
     transform = Transform.load(run / "transform")
     with new_folder(out, marker=MARKER) as folder:
         _copy_parts(run, folder)
+        write_reference(run, folder, schema=schema)
         served = served_network(network)
         max_rows = experiment.serve.max_batch_size
         sizes = {"slots": len(schema.slot_names), "floats": len(schema.float_names)}
@@ -95,8 +98,9 @@ def _copy_parts(run: Path, folder: Path) -> None:
     for name in ("schema.json", "experiment.json"):
         shutil.copyfile(run / name, folder / name)
     shutil.copytree(run / "transform", folder / "transform")
-    shutil.copyfile(str(etl.transform.__file__), folder / "transform.py")
-    shutil.copyfile(str(ranker.__file__), folder / "ranker.py")
+    for module in (etl.transform, ranker, ranking, monitor, exporter, served_program):
+        path = Path(str(module.__file__))
+        shutil.copyfile(path, folder / path.name)
     shutil.copyfile(triton_model_file(), folder / "model.py")
 
 
@@ -114,7 +118,7 @@ def _check(
 ) -> None:
     """Scores the golden rows with the files that were just written."""
     packed = pack(rows, transform.signature)
-    served = ranker.Ranker(folder, etl.transform)
+    served = ranker.Ranker(folder, etl.transform, program=served_program.load_program(folder))
     for at in range(0, len(packed.keys), max_rows):
         part = slice(at, at + max_rows)
         scored = served.score([ranker.Request(packed.keys[part], packed.numbers[part])])[0]
@@ -149,7 +153,9 @@ def _manifest(
         floats=tuple(schema.float_names),
         signature=Signature.model_validate_json(json.dumps(transform.signature.as_json())),
         tolerance=experiment.export.tolerance,
-        serve=ServeDefaults(**experiment.serve.model_dump()),
+        serve=ServeDefaults.model_validate(
+            experiment.serve.model_dump() | {"user": tuple(expanded(experiment.serve.user))}
+        ),
         versions=packages | {"python": platform.python_version()},
         files=files,
     )

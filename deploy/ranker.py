@@ -1,12 +1,11 @@
 """Scores batches of packed requests, each request a success or a fault of its own.
 
 The same file runs in `export`, where it is checked against the trained network, and, copied into a bundle, inside the
-model server, so it imports nothing of ours; the bundle's transform comes as an argument.
+model server, so it imports nothing of ours; the bundle's transform and program come as arguments.
 """
 
 import json
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
 
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
@@ -38,10 +36,117 @@ class Scored:
     floats: Float32s
 
 
-class Ranker:
-    """One bundle's transform, program and weights. `transform` is the bundle's own transform.py as a module."""
+Result = Scored | ValueError
+_NEARLY_LOWEST = -1.79e308
 
-    def __init__(self, folder: Path, transform: Any) -> None:
+
+class Encoder:
+    """The transform of some raw columns, and what packed rows of these columns have to be.
+
+    `module` is the bundle's transform.py; `prefix` begins the names of the two inputs in what a fault says.
+    """
+
+    def __init__(self, transform: Any, *, module: Any, prefix: str = "") -> None:
+        signature = transform.signature
+        self.transform, self._module = transform, module
+        self._columns = {
+            f"{prefix}keys": signature.packed_names(signature.keys),
+            f"{prefix}numbers": signature.packed_names(signature.numbers),
+        }
+        places = signature.places(signature.keys)
+        self._lists = {name: place for name, place in places.items() if name in signature.slots}
+        self._single = np.array([place.start for name, place in places.items() if name not in signature.slots], int)
+        self._single_names = [name for name in signature.keys if name not in signature.slots]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of keys and of numbers."""
+        keys, numbers = (len(names) for names in self._columns.values())
+        return keys, numbers
+
+    def blank(self, rows: int) -> Request:
+        """A sound request of zeros."""
+        keys, numbers = self.widths
+        return Request(np.zeros((rows, keys), np.int64), np.zeros((rows, numbers)))
+
+    def together(self, requests: Sequence[Request]) -> Any:
+        """The rows of all requests as the transform takes them."""
+        blank = self.blank(0)
+        keys = np.concatenate([blank.keys, *(request.keys for request in requests)])
+        numbers = np.concatenate([blank.numbers, *(request.numbers for request in requests)])
+        if (low := numbers <= _NEARLY_LOWEST).any():  # JSON parsers round, or refuse, the lowest number itself
+            numbers[low & np.isfinite(numbers)] = self._module.MISSING_NUMBER
+        return self._module.Packed(keys, numbers)
+
+    def missing_input(self, given: Collection[str]) -> ValueError | None:
+        """An input that has columns and was not given."""
+        for name, columns in self._columns.items():
+            if columns and name not in given:
+                return ValueError(f"input '{name}' is missing, with the columns {', '.join(dict.fromkeys(columns))}")
+        return None
+
+    def form_fault(self, request: Request) -> ValueError | None:
+        """What is wrong with the types and shapes of one request."""
+        parts = zip((request.keys, request.numbers), self._columns.items(), (np.int64, np.float64), strict=True)
+        for array, (name, columns), kind in parts:
+            if array.dtype != kind or array.ndim != 2 or array.shape[1] != len(columns):
+                got, wanted = f"{array.dtype} {list(array.shape)}", f"{np.dtype(kind)} [B, {len(columns)}]"
+                return ValueError(
+                    f"input '{name}' is {got}, wanted {wanted} with the columns {', '.join(dict.fromkeys(columns))}"
+                )
+        keys, numbers = self._columns
+        if not len(request.keys):
+            return ValueError(f"inputs '{keys}' and '{numbers}' have no rows")
+        if len(request.keys) != len(request.numbers):
+            return ValueError(
+                f"input '{keys}' has {len(request.keys)} rows, and input '{numbers}' {len(request.numbers)}"
+            )
+        return None
+
+    def value_faults(self, requests: Sequence[Request]) -> list[ValueError | None]:
+        """What is wrong with the values of each request. All are checked at once, and alone where that fails."""
+        try:
+            self._check(self.together(requests))
+        except ValueError as fault:
+            if len(requests) == 1:
+                return [fault]
+            return [self.value_faults([request])[0] for request in requests]
+        return [None] * len(requests)
+
+    def _check(self, packed: Any) -> None:
+        self.transform.check(packed)
+        none = packed.keys == self._module.NO_KEY
+        if not none.any():
+            return
+        if (odd := none[:, self._single]).any():
+            row, at = np.argwhere(odd)[0]
+            got = f"column '{self._single_names[at]}' holds {self._module.NO_KEY} at row {row}, which fills up lists"
+            raise ValueError(f"{got}: send {self._module.MISSING_KEY} for missing")
+        for name, place in self._lists.items():
+            gap = none[:, place][:, :-1] & ~none[:, place][:, 1:]
+            if gap.any():
+                row = int(np.argwhere(gap)[0][0])
+                raise ValueError(f"column '{name}' has a value behind an unused place at row {row}: values come first")
+
+    def encode(self, packed: Any) -> Any:
+        """Ids and floats of rows that passed the checks."""
+        with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and a fault of its request
+            return self.transform.apply(packed)
+
+
+class Ranker:
+    """One bundle's transform and program. `transform` is the bundle's own transform.py as a module, `program` what
+    `load_program` of its served_program.py returns. `seen` is told of every transform, packed and encoded batch.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        transform: Any,
+        *,
+        program: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        seen: Callable[..., None] | None = None,
+    ) -> None:
         schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
         rows = {table["name"]: table["rows"] for table in schema["tables"]}
         slots = [feature for feature in schema["features"] for _ in range(feature["slots"])]
@@ -49,65 +154,56 @@ class Ranker:
         self._rows_S = np.array([rows[feature["table"]] for feature in slots], np.int64)
         self._lowest_S = np.array([-1 if feature["dtype"] == "list<int64>" else 0 for feature in slots], np.int64)
         weighted = [feature for feature in schema["features"] if feature["weighted"]]
+        self.features, self.dense = schema["features"], schema["dense"]
         self._float_names = [dense["name"] for dense in schema["dense"]]
         self._float_names += [f"{feature['name']}:value" for feature in weighted for _ in range(feature["slots"])]
-        self._module = transform
-        self._transform = transform.Transform.load(folder / "transform")
-        signature = self._transform.signature
-        self._keys = len(signature.packed_names(signature.keys))
-        self._numbers = len(signature.packed_names(signature.numbers))
-        self._forward = load_program(folder)
+        self.module = transform
+        self.encoder = Encoder(transform.Transform.load(folder / "transform"), module=transform)
+        self._program = program
+        self.seen = seen or _ignore
 
-    def score(self, requests: Sequence[Request]) -> list[Scored | ValueError]:
+    def score(self, requests: Sequence[Request]) -> list[Result]:
         """One forward over all rows of the requests that are sound; a ValueError, in its place, for each other."""
-        results: list[Scored | ValueError | None] = [self._request_fault(request) for request in requests]
+        results: list[Result | None] = [self.encoder.form_fault(request) for request in requests]
         sound = [at for at, fault in enumerate(results) if fault is None]
-        ids_BS, floats_BN = self._encode([requests[at] for at in sound])
-        counts = [len(requests[at].keys) for at in sound]
-        pieces = dict(zip(sound, _pieces(counts), strict=True))
-        for at, piece in pieces.items():
-            results[at] = self._encoded_fault(ids_BS[piece], floats_BN[piece])
+        for at, fault in zip(sound, self.encoder.value_faults([requests[at] for at in sound]), strict=True):
+            results[at] = fault
         sound = [at for at in sound if results[at] is None]
+        packed = self.encoder.together([requests[at] for at in sound])
+        encoded = self.encoder.encode(packed)
+        self.seen(self.encoder.transform, packed=packed, encoded=encoded)
+        counts = [len(requests[at].keys) for at in sound]
+        scored = self.score_encoded(encoded.ids, encoded.floats, counts=counts, most=max(1, sum(counts)))
+        for at, result in zip(sound, scored, strict=True):
+            results[at] = result
+        return [result for result in results if result is not None]
+
+    def score_encoded(self, ids_BS: Int64s, floats_BN: Float32s, *, counts: Sequence[int], most: int) -> list[Result]:
+        """Scores the rows of requests with `counts` rows each, at most `most` rows in one forward."""
+        pieces = _pieces(counts)
+        results: list[Result | None] = [None] * len(counts)
+        if self._encoded_fault(ids_BS, floats_BN) is not None:
+            results = [self._encoded_fault(ids_BS[piece], floats_BN[piece]) for piece in pieces]
+            kept = [np.arange(0), *(np.arange(p.start, p.stop) for p, r in zip(pieces, results, strict=True) if not r)]
+            ids_BS, floats_BN = ids_BS[np.concatenate(kept)], floats_BN[np.concatenate(kept)]
+        sound = [at for at, fault in enumerate(results) if fault is None]
         if sound:
-            kept = np.concatenate([np.arange(pieces[at].start, pieces[at].stop) for at in sound])
-            ids_BS, floats_BN = ids_BS[kept], floats_BN[kept]
-            score_BT = self.forward(ids_BS, floats_BN)
-            for at, piece in zip(sound, _pieces([len(requests[at].keys) for at in sound]), strict=True):
+            score_BT = self.forward(ids_BS, floats_BN, most=most)
+            for at, piece in zip(sound, _pieces([counts[at] for at in sound]), strict=True):
                 results[at] = _finite(Scored(score_BT[piece], ids_BS[piece], floats_BN[piece]))
         return [result for result in results if result is not None]
 
-    def forward(self, ids_BS: Int64s, floats_BN: Float32s) -> Float32s:
+    def forward(self, ids_BS: Int64s, floats_BN: Float32s, *, most: int) -> Float32s:
         """Probabilities [B, T] of encoded rows."""
+        ids, floats = (torch.from_numpy(np.ascontiguousarray(array)) for array in (ids_BS, floats_BN))
         with torch.inference_mode():
-            score_BT: Float32s = self._forward(torch.from_numpy(ids_BS), torch.from_numpy(floats_BN)).numpy()
+            parts = [self._program(ids[at : at + most], floats[at : at + most]) for at in range(0, len(ids), most)]
+            score_BT: Float32s = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
         return score_BT
 
     def blank(self, rows: int) -> Request:
         """A sound request of zeros, for warm-up."""
-        keys = np.zeros((rows, self._keys), np.int64)
-        return Request(keys, np.zeros((rows, self._numbers), np.float64))
-
-    def _encode(self, requests: Sequence[Request]) -> tuple[Int64s, Float32s]:
-        blank = self.blank(0)
-        keys = np.concatenate([blank.keys, *(request.keys for request in requests)])
-        numbers = np.concatenate([blank.numbers, *(request.numbers for request in requests)])
-        with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and a fault of its request
-            encoded = self._transform.apply(self._module.Packed(keys, numbers))
-        return encoded.ids, encoded.floats
-
-    def _request_fault(self, request: Request) -> ValueError | None:
-        wanted = (self._keys, self._numbers)
-        got = (request.keys.shape[-1], request.numbers.shape[-1])
-        if got != wanted or len(request.keys) != len(request.numbers):
-            shapes = f"{list(request.keys.shape)} and {list(request.numbers.shape)}"
-            return ValueError(
-                f"keys and numbers have the shapes {shapes}, wanted [B, {wanted[0]}] and [B, {wanted[1]}]"
-            )
-        try:
-            self._transform.check(self._module.Packed(request.keys, request.numbers))
-        except ValueError as fault:
-            return fault
-        return None
+        return self.encoder.blank(rows)
 
     def _encoded_fault(self, ids_BS: Int64s, floats_BN: Float32s) -> ValueError | None:
         """An id outside of its table would read the row of a neighbour in the merged matrix, so none gets there."""
@@ -131,34 +227,8 @@ def out_of_range(ids_BS: Int64s, rows_S: Int64s, *, lowest_S: Int64s) -> tuple[i
     return int(row), int(at)
 
 
-def load_weights(path: Path) -> Mapping[str, torch.Tensor]:
-    """Tensors that lie in the mapped file: all processes that read it share one copy in the page cache."""
-    with safe_open(str(path), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in sorted(file.keys())}
-
-
-def load_program(folder: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The program with its weights bound: (ids [B, S], floats [B, N]) -> probabilities [B, T].
-
-    The graph is called as it is: the wrapper that torch.export puts around it costs five times the small network.
-    """
-    weights = load_weights(folder / "weights.safetensors").values()
-    _refuse_pickles(folder / "program.pt2")
-    graph = torch.export.load(folder / "program.pt2").graph_module
-
-    def forward(ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
-        (score_BT,) = graph(*weights, ids_BS, floats_BN)
-        return torch.as_tensor(score_BT)
-
-    return forward
-
-
-def _refuse_pickles(program: Path) -> None:
-    """torch.export.load unpickles weights and constants that an archive holds; ours holds code alone."""
-    with zipfile.ZipFile(program) as archive:
-        data = [entry for entry in archive.infolist() if "/data/" in entry.filename and entry.file_size]
-    if foreign := [entry.filename for entry in data if not entry.filename.endswith("_config.json")]:
-        raise ValueError(f"{program} holds {', '.join(foreign)}, wanted code alone")
+def _ignore(transform: Any, *, packed: Any, encoded: Any, skip: frozenset[str] = frozenset()) -> None:
+    """What nobody wants to know."""
 
 
 def _pieces(counts: Sequence[int]) -> list[slice]:
@@ -166,7 +236,7 @@ def _pieces(counts: Sequence[int]) -> list[slice]:
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
-def _finite(scored: Scored) -> Scored | ValueError:
+def _finite(scored: Scored) -> Result:
     if np.isfinite(scored.score).all():
         return scored
     row = int(np.argwhere(~np.isfinite(scored.score))[0][0])

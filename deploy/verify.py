@@ -32,7 +32,7 @@ class Comparison:
         return f"{self.what}: {self.equal:,} of {self.rows:,} rows {tail}"
 
 
-def verify(bundle_dir: Path, *, url: str, rows: Path | None) -> Iterator[Comparison]:
+def verify(bundle_dir: Path, *, url: str, rows: Path | None, tls: Path | None = None) -> Iterator[Comparison]:
     """Replays the golden requests with the scores kept in the bundle, then the raw test split, or `rows` instead of it,
     scored offline by the trained network. A row is equal where all its ids are, and its scores within the tolerance.
 
@@ -40,19 +40,24 @@ def verify(bundle_dir: Path, *, url: str, rows: Path | None) -> Iterator[Compari
         Fault: the bundle was changed, the server can't be reached, raw files are gone, or the run was trained anew.
     """
     bundle = read_bundle(bundle_dir)
-    with Client(url) as client:
-        golden = read_rows(bundle_dir / "golden" / "requests.jsonl", client.columns)
-        kept = pq.read_table(bundle_dir / "golden" / "scores.parquet")
-        score_BT = np.stack([kept[task].to_numpy() for task in bundle.tasks], axis=1)
-        ids_BS = np.array(kept["ids"].to_pylist(), np.int64)
-        served = client.score(golden, ids=True)
-        yield _compare("golden requests", served, score_BT=score_BT, ids_BS=ids_BS, tolerance=bundle.tolerance)
+    with Client(url, tls=tls) as client:
+        yield golden_comparison(bundle_dir, bundle, client=client)
         network, transform = offline_run(_same_run(bundle))
         what = str(rows) if rows else "test split"
         raw = read_rows(rows, client.columns) if rows else read_raw_split(read_experiment(bundle_dir), "test")
         served = client.score(raw, ids=True)  # first: it reports rows that can't be packed
         offline = offline_scores(network, transform, table=raw)
         yield _compare(what, served, score_BT=offline.score, ids_BS=offline.ids, tolerance=bundle.tolerance)
+
+
+def golden_comparison(bundle_dir: Path, bundle: Bundle, *, client: Client) -> Comparison:
+    """Replays the golden requests. Raises Fault where the server does not take or answer them."""
+    golden = read_rows(bundle_dir / "golden" / "requests.jsonl", client.columns)
+    kept = pq.read_table(bundle_dir / "golden" / "scores.parquet")
+    score_BT = np.stack([kept[task].to_numpy() for task in bundle.tasks], axis=1)
+    ids_BS = np.array(kept["ids"].to_pylist(), np.int64)
+    served = client.score(golden, ids=True)
+    return _compare("golden requests", served, score_BT=score_BT, ids_BS=ids_BS, tolerance=bundle.tolerance)
 
 
 def _compare(

@@ -71,7 +71,7 @@ def inspect(
 ) -> None:
     """Show rows, label rates, table sizes, missing and unseen shares, and drift between the splits.
 
-    The page adds label rates along the splits, most frequent values, coverage and histograms.
+    The page adds label rates by day or raw file and along the splits, most frequent values, coverage and histograms.
     """
     with exit_on_fault():
         from etl.inspect import inspect as inspect_folder

@@ -33,6 +33,16 @@ def files(patterns: Sequence[str], *, what: str) -> list[Path]:
     return found
 
 
+def row_total(data: Data, paths: Sequence[Path]) -> int | None:
+    """Rows of the files, where the format says so. Files that can't be read are left to `raw_batches`."""
+    if data.format != "parquet":
+        return None
+    try:
+        return sum(int(pq.read_metadata(path).num_rows) for path in paths)
+    except (pa.ArrowException, OSError):
+        return None
+
+
 def raw_batches(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
     """Parquet columns as they are typed; csv columns as trimmed texts with nulls; libsvm columns as texts and lists.
 

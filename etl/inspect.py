@@ -12,7 +12,7 @@ from etl.schema import IdFeature, Schema, read_schema
 
 
 def inspect(folder: Path) -> Json:
-    """Rows and label rates by split and along each split; the figures of id features and of dense ones.
+    """Rows and label rates by split, by day or raw file, and along each split; figures of id and of dense features.
 
     `missing` and `unseen` are shares of a feature's values: of its rows, or of all ids in a list feature. Drift is the
     population stability index between training and a split; see `etl.profile`.
@@ -33,12 +33,28 @@ def inspect(folder: Path) -> Json:
         "label_rate_by_position": {
             split: label_slices(folder, split, tasks=schema.task_names, rows=count) for split, count in rows.items()
         },
+        "label_rate_by_day": _by_day({split: counted.get("label_parts") for split, counted in splits.items()}),
         "features": [
             _id_feature(folder, feature, schema=schema, splits=splits, boundaries=boundaries.get(feature.name))
             for feature in schema.features
         ],
         "dense": number_figures(folder, schema.dense_names, rows=rows),
     }
+
+
+def _by_day(parts: Mapping[str, Json | None]) -> Json | None:
+    """Rows and label rates by day, or by raw file, of each split; None for a folder that an older program made."""
+    known = {split: part for split, part in parts.items() if part}
+    if not known:
+        return None
+    rates = {
+        split: [
+            {"name": p["name"], "rows": p["rows"], "label_rate": {task: n / p["rows"] for task, n in p["ones"].items()}}
+            for p in part["parts"]
+        ]
+        for split, part in known.items()
+    }
+    return {"by": known["train"]["by"], "splits": rates}
 
 
 def _id_feature(

@@ -50,8 +50,8 @@ def _labels(found: Json) -> str:
     slices = found["label_rate_by_position"]
     count = max(len(part) for part in slices.values())
     note = (
-        f"The dataset keeps no times, so these are not days: each split is cut into {count} parts with equally many "
-        "rows, in the order of its raw files. Where the files are in the order of time, old is left and new is right."
+        f"By position: each split is cut into {count} parts with equally many rows, in the order of its raw files. "
+        "These are not days. Where the files are in the order of time, old is left and new is right."
     )
     figures = [
         _figure(
@@ -61,7 +61,34 @@ def _labels(found: Json) -> str:
         )
         for task in tasks
     ]
-    return _section("Labels", f'<div class="card">{table}</div>', f'<p class="note">{note}</p>', _key(), _grid(figures))
+    by_position = [f'<p class="note">{note}</p>', _key(), _grid(figures)]
+    return _section("Labels", f'<div class="card">{table}</div>', _by_day(found, tasks), *by_position)
+
+
+def _by_day(found: Json, tasks: Sequence[str]) -> str:
+    """A figure a task, and a table; nothing where there is one day or file alone, or the folder is an older one."""
+    counted = found["label_rate_by_day"]
+    parts = [(split, part) for split, own in counted["splits"].items() for part in own] if counted else []
+    names = list(dict.fromkeys(part["name"] for _, part in parts))
+    if len(names) < 2:
+        return ""
+    names = sorted(names) if counted["by"] == "day" else names
+    note = "By day, UTC where times have a zone." if counted["by"] == "day" else "By raw file, in the order of reading."
+    figures = [
+        _figure(task, _steps(parts, names=names, task=task), caption=f"Share of label 1 by {counted['by']}.")
+        for task in tasks
+    ]
+    rows = [
+        f'<tr><th scope="row">{escape(part["name"])}<small>{split}</small></th><td>{part["rows"]:,}</td>'
+        + "".join(f"<td>{part['label_rate'][task]:.4f}</td>" for task in tasks)
+        + "</tr>"
+        for name in names
+        for split, part in parts
+        if part["name"] == name
+    ]
+    table = _table([counted["by"], "rows", *tasks], rows, caption="Rows, and share of rows with label 1.")
+    details = f"<details><summary>Label rates by {counted['by']}</summary>{table}</details>"
+    return f'<p class="note">{note}</p>{_key()}{_grid(figures)}{details}'
 
 
 def _ids(found: Json) -> str:
@@ -153,6 +180,19 @@ def _curves(values: Mapping[str, Sequence[float]]) -> str:
         points = [f"{x:.1f},{HEIGHT * (1 - value / top):.1f}" for x, value in zip(xs, part, strict=True)]
         paths.append(f'<path class="line {split}" d="M{" L".join(points)}"/>')
     return _svg(paths, ends=("first rows", "last rows"), top=f"{top / 1.15:.4f}", alt="Share of label 1 by position")
+
+
+def _steps(parts: Sequence[tuple[str, Json]], *, names: Sequence[str], task: str) -> str:
+    """A level a day or file of each split, from 0 to a little above the highest value."""
+    top = max(part["label_rate"][task] for _, part in parts) * 1.15 or 1.0
+    width, levels = WIDTH / len(names), dict.fromkeys((split for split, _ in parts), "")
+    at = {name: place for place, name in enumerate(names)}
+    for split, part in parts:
+        x, y = width * at[part["name"]], HEIGHT * (1 - part["label_rate"][task] / top)
+        levels[split] += f"M{x:.1f},{y:.1f} h{width:.1f} "
+    paths = [f'<path class="line {split}" d="{level.strip()}"/>' for split, level in levels.items()]
+    ends = Path(names[0]).name, Path(names[-1]).name
+    return _svg(paths, ends=ends, top=f"{top / 1.15:.4f}", alt="Share of label 1 by day or file")
 
 
 def _histogram(histogram: Json) -> str:

@@ -33,8 +33,8 @@ def pack(table: pa.Table, signature: Signature) -> Packed:
     """Raw rows to a packed request.
 
     Raises:
-        ValueError: an unknown or absent column, a value of the wrong type, NaN or infinity, a list that is too long;
-            names the column.
+        ValueError: an unknown or absent column, a value of the wrong type, infinity, NaN within a list, a list that
+            is too long; names the column.
     """
     if faults := _column_faults(table.column_names, signature.columns):
         raise ValueError("; ".join(faults))
@@ -49,14 +49,36 @@ def pack(table: pa.Table, signature: Signature) -> Packed:
 
 
 def encode(raw: pa.Table, transform: Transform, *, place: str) -> Encoded:
-    """Packs and transforms raw rows. Raises Fault, with `place`, where a value can't be packed."""
+    """Packs and transforms raw rows.
+
+    Raises:
+        Fault: with `place`, where a value can't be packed, or where float32 can't hold what becomes of it.
+    """
     try:
         packed = pack(raw, transform.signature)
         transform.check(packed)
     except ValueError as error:
         wanted = f"the columns {', '.join(f'{name} ({dtype})' for name, dtype in transform.signature.columns.items())}"
         raise Fault(place, got=str(error), wanted=wanted, remedy="mend the rows or the feature") from None
-    return transform.apply(packed)
+    with np.errstate(over="ignore"):  # it becomes infinity
+        return finite(transform.apply(packed), transform, place=place)
+
+
+def finite(encoded: Encoded, transform: Transform, *, place: str) -> Encoded:
+    """The encoded rows. Raises Fault, with `place`, where float32 can't hold a number."""
+    fits = np.isfinite(encoded.floats)
+    if not fits.all():
+        row, at = np.argwhere(~fits)[0]
+        got = f"feature '{transform.float_names[at]}' leaves the range of float32 at row {row}"
+        raise Fault(place, got=got, wanted="finite inputs", remedy="mend the row, or set 'clip' or 'log1p'")
+    return encoded
+
+
+def _without_nan(array: pa.Array) -> pa.Array:
+    """NaN is missing, as in the files that training reads."""
+    if not pa.types.is_floating(array.type):
+        return array
+    return pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
 
 
 def _as_numbers(array: pa.Array) -> pa.Array:
@@ -67,7 +89,8 @@ def _as_numbers(array: pa.Array) -> pa.Array:
 def _packed(array: pa.Array, *, name: str, signature: Signature) -> npt.NDArray[Any]:
     """[B, 1], or [B, slots] of a list column, filled at the end."""
     if name not in signature.slots:
-        return _flat(array, name=name)[:, None]
+        single = _flat(_without_nan(array), name=name)
+        return single[:, None]
     return _padded(array, name=name, slots=signature.slots[name], newest=name in signature.newest)
 
 

@@ -1,6 +1,6 @@
 """Raw files -> typed Arrow batches. What is malformed is a fault with its file and rows; nothing is coerced."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ from etl.faults import Fault
 from etl.formats import raw_batches
 from etl.pack import ARROW, inner_type, text_keys, typed_column
 from etl.schema import GROUP
-from etl.spec import FeatureSpec, Task
+from etl.spec import Bag, FeatureSpec, Task, column_of, resolve
 from etl.transform import RESERVED_KEYS, Int64s
 
-SPLIT, USER = "split:", "negatives:user"
+SPLIT, USER, DAY = "split:", "negatives:user", "day:"
+_WHOLE, _DAY_NS = "whole numbers", 86_400 * 10**9
 
 
 class Reader:
@@ -24,11 +25,13 @@ class Reader:
     def __init__(self, spec: FeatureSpec) -> None:
         self._spec = spec
         self._clocks: dict[str, str] = {}
+        self._file_columns, self._separators = spec.file_columns(), spec.separators()
+        self._bags = [f for f in resolve(spec.features) if isinstance(f, Bag) and column_of(f) in self._file_columns]
 
     def batches(self, paths: Sequence[Path]) -> Iterator[pa.RecordBatch]:
         """Batches of all feature columns, typed and named as in the raw files, and beside them
 
-        - `label:<task>`, float32; `group:`, int64, where the spec names a group;
+        - `label:<task>`, float32; `group:`, int64, where the spec names a group; `day:`, see `labels`;
         - `split:`, int64, the time or the group by which rows are divided;
         - `history:<i>:user` (int64 key), `history:<i>:time` (int64), `history:<i>:event` (bool) of each history;
         - `negatives:user`, text, where draws depend on the user.
@@ -36,17 +39,32 @@ class Reader:
         Raises:
             Fault: an unreadable or truncated file, a missing column, a value of the wrong type, a label not 0/1.
         """
-        for place, batch in self._placed(paths, names=self._needed()):
-            yield pa.record_batch(self._features(batch, place) | self._extras(batch, place) | self._taken(batch, place))
+        for at, place, batch in self._placed(paths, names=self._needed()):
+            beside = self._labels(batch, place, file=at) | self._extras(batch, place) | self._taken(batch, place)
+            yield pa.record_batch(self._features(batch, place) | beside)
+
+    def labels(self, paths: Sequence[Path]) -> Iterator[pa.RecordBatch]:
+        """The labels alone, and `day:`, int32: days since 1970 (see `by_day`), or the place of the row's file in paths.
+
+        Raises Fault as `batches`.
+        """
+        names = [*self._label_columns, *([self._day] if self._day else [])]
+        for at, place, batch in self._placed(paths, names=list(dict.fromkeys(names))):
+            yield pa.record_batch(self._labels(batch, place, file=at))
+
+    @property
+    def by_day(self) -> bool:
+        """Whether rows are told apart by day: where the split has a column of times or dates. By file otherwise."""
+        return self._day is not None and self._clocks.get(self._day, _WHOLE) != _WHOLE
 
     def times(self, paths: Sequence[Path], name: str) -> Iterator[Int64s]:
         """One column as times, batch by batch. Raises Fault as `batches`."""
-        for place, batch in self._placed(paths, names=[name]):
+        for _, place, batch in self._placed(paths, names=[name]):
             yield self._times(batch[name], name=name, place=place)
 
     def users(self, paths: Sequence[Path], *, user: str, time: str) -> Iterator[tuple[Int64s, Int64s]]:
         """The keys of users and the times of their rows, batch by batch. Raises Fault as `batches`."""
-        for place, batch in self._placed(paths, names=list(dict.fromkeys([user, time]))):
+        for _, place, batch in self._placed(paths, names=list(dict.fromkeys([user, time]))):
             keys = text_keys(_texts(batch[user], name=user, place=place))
             yield keys, self._times(batch[time], name=time, place=place)
 
@@ -54,19 +72,20 @@ class Reader:
         """A time of the experiment file on the clock of a column that was read. Raises Fault where it is of another."""
         return int(self._times(pa.array([str(given)], pa.large_string()), name=name, place=place)[0])
 
-    def _placed(self, paths: Sequence[Path], *, names: list[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
-        for path in paths:
+    def _placed(self, paths: Sequence[Path], *, names: list[str]) -> Iterator[tuple[int, str, pa.RecordBatch]]:
+        """Batches with the place of their file in paths, and their place in words."""
+        for at, path in enumerate(paths):
             rows = 0
             for batch in raw_batches(self._spec.data, path, names=names):
                 if batch.num_rows:
-                    yield f"{path}: rows {rows + 1} to {rows + batch.num_rows}", batch
+                    yield at, f"{path}: rows {rows + 1} to {rows + batch.num_rows}", batch
                 rows += batch.num_rows
 
     def _needed(self) -> list[str]:
         data = self._spec.data
         negatives, split = data.negatives, data.split
-        names: list[str | None] = [*self._spec.file_columns(), data.group]
-        names += [task.label for task in self._spec.tasks if self._labelled]
+        names: list[str | None] = [*self._file_columns, data.group]
+        names += [*self._label_columns, self._day]
         names += [split.column if data.divided else None, negatives.user if negatives else None]
         for history in data.histories:
             names += [history.user, history.time, *history.where]
@@ -77,22 +96,43 @@ class Reader:
         negatives = self._spec.data.negatives
         return negatives is None or negatives.positive is not None
 
-    def _features(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
-        separators = self._spec.separators()
-        return {
-            name: _typed(_split(batch[name], separators.get(name)), name=name, dtype=dtype, place=place)
-            for name, dtype in self._spec.file_columns().items()
-        }
+    @property
+    def _label_columns(self) -> list[str]:
+        return [task.label for task in self._spec.tasks if self._labelled]
 
-    def _extras(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
-        """The group, the labels and what rows are divided by."""
-        data, columns = self._spec.data, {}
-        if data.group:
-            columns[GROUP] = pa.array(text_keys(_texts(batch[data.group], name=data.group, place=place)))
+    @property
+    def _day(self) -> str | None:
+        """The time column by which rows are divided."""
+        data = self._spec.data
+        by = {"time": data.split.column, "last": data.split.time}
+        return by.get(data.split.by) if data.divided else None
+
+    def _features(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
+        columns = {
+            name: _typed(_split(batch[name], self._separators.get(name)), name=name, dtype=dtype, place=place)
+            for name, dtype in self._file_columns.items()
+        }
+        for bag in self._bags:
+            _check_bag(bag, columns, place=place)
+        return columns
+
+    def _labels(self, batch: pa.RecordBatch, place: str, *, file: int) -> dict[str, pa.Array]:
+        columns: dict[str, pa.Array] = {}
         for task in self._spec.tasks:
             ones = pa.array(np.ones(batch.num_rows, np.float32))
             label = _labels(batch[task.label], task=task, place=place) if self._labelled else ones
             columns[f"label:{task.name}"] = label
+        days = np.full(batch.num_rows, file, np.int32)
+        if self._day:
+            times = self._times(batch[self._day], name=self._day, place=place)
+            days = (times // _DAY_NS).astype(np.int32) if self.by_day else days
+        return columns | {DAY: pa.array(days)}
+
+    def _extras(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
+        """The group, and what rows are divided by."""
+        data, columns = self._spec.data, {}
+        if data.group:
+            columns[GROUP] = pa.array(text_keys(_texts(batch[data.group], name=data.group, place=place)))
         column = data.split.column
         if data.divided and column is not None and data.split.by == "time":
             columns[SPLIT] = pa.array(self._times(batch[column], name=column, place=place))
@@ -134,14 +174,14 @@ def _clock(column: pa.Array) -> tuple[str, pa.Array]:
     """The kind of times, and the times as int64. Raises pyarrow's errors on what is no time."""
     kind = column.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return "whole numbers", column.cast(pa.int64())
+        return _WHOLE, column.cast(pa.int64())
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         zone = getattr(kind, "tz", None)
         times = column.cast(pa.timestamp("ns", zone)).cast(pa.int64())
         return "times with a zone" if zone else "times without a zone", times
     text = column.cast(pa.large_string())
     for clock, wanted in (
-        ("whole numbers", pa.int64()),
+        (_WHOLE, pa.int64()),
         ("times with a zone", pa.timestamp("ns", "UTC")),
     ):
         try:
@@ -178,6 +218,25 @@ def _split(column: pa.Array, separator: str | None) -> pa.Array:
     if separator is None or not pa.types.is_large_string(column.type):
         return column
     return pc.split_pattern(column, separator)
+
+
+def _check_bag(bag: Bag, columns: Mapping[str, pa.Array], *, place: str) -> None:
+    """Raises Fault where a bag has more ids than it may have, or not a weight an id."""
+    name = column_of(bag)
+    lengths = np.diff(np.asarray(columns[name].offsets))
+    if lengths.max(initial=0) > bag.max_length:
+        got = f"{lengths.max()} values in row {np.argmax(lengths) + 1} of these"
+        wanted, remedy = f"at most {bag.max_length}", "raise max_length of the feature, or shorten the lists"
+        raise Fault(f"{place}, column '{name}'", got=got, wanted=wanted, remedy=remedy)
+    if bag.weight_column is None:
+        return
+    weights = columns[bag.weight_column]
+    odd = np.diff(np.asarray(weights.offsets)) != lengths
+    if odd.any() or weights.values.null_count or not pc.all(pc.is_finite(weights.values), min_count=0).as_py():
+        other = f"another number than of ids in row {np.argmax(odd) + 1} of these"
+        got = other if odd.any() else "null, NaN or infinity"
+        remedy = f"mend the lists of '{name}' and '{bag.weight_column}'"
+        raise Fault(f"{place}, column '{bag.weight_column}'", got=got, wanted="a finite weight an id", remedy=remedy)
 
 
 def _typed(column: pa.Array, *, name: str, dtype: str, place: str) -> pa.Array:

@@ -12,17 +12,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from polars.exceptions import PolarsError
 
 from etl.artifact import Json, new_folder, read_json, sha256, write_json
-from etl.engines import Engine, open_engine
+from etl.engines import Encode, Engine, Fitted, open_engine
 from etl.extend import Parent, extends, record
+from etl.faults import Fault
 from etl.folds import OutOfFold
 from etl.formats import files
 from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
 from etl.spec import FeatureSpec, Task
 from etl.splits import SPLITS
-from etl.stage import Report, stage
+from etl.stage import stage
 from etl.transform import Encoded, Transform
+from etl.typed import Report, Typed, of_size, typed_files
 
 Part = TypeVar("Part")
 Done = TypeVar("Done")
@@ -37,28 +40,43 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         Fault: whatever is wrong with the raw files or a column; an old folder stays as it was.
     """
     with new_folder(out, marker="manifest.json") as folder, open_engine(spec.etl, beside=folder) as engine:
-        raw = folder / "raw"
-        raw.mkdir()
-        label_rates = stage(spec, raw, report=report)
-        state, features, tables = engine.fit(spec, raw / "train.parquet", transform=folder / "transform", parent=parent)
+        (raw := folder / "raw").mkdir()
+        typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
+        train_rows = typed["train"].labels.rows
+        report("fit train", 0, total=train_rows)
+        state, features, tables = _fit(spec, typed["train"], engine=engine, folder=folder, parent=parent)
+        report("fit train", train_rows, total=train_rows)
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),
             dense=tuple(DenseFeature(name=step["name"]) for step in state["dense"]),
             tables=tuple(tables),
-            tasks=tuple(_task(task, rate=label_rates["train"][task.name]) for task in spec.tasks),
+            tasks=tuple(_task(task, rate=typed["train"].labels.rates[task.name]) for task in spec.tasks),
             group=spec.data.group is not None,
         )
         schema.write(folder)
-        stats = {s: _encode(spec, s, engine=engine, folder=folder, schema=schema, report=report) for s in SPLITS}
-        for split in SPLITS:
-            stats[split]["label_rate"] = label_rates[split]
+        transform, stats = Transform.load(folder / "transform"), {}
+        for split, rows in typed.items():
+            (folder / split).mkdir()
+            encode = engine.encoder(split, rows, transform=transform)
+            counted = _encode(spec, rows, encode=encode, schema=schema, folder=folder / split, report=report)
+            stats[split] = counted | {"label_rate": rows.labels.rates, "label_parts": rows.labels.parts}
         shutil.rmtree(raw)
         manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
         manifest |= record(spec, parent, tables=tables)
         manifest["files"] = _files(folder)
         write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _fit(spec: FeatureSpec, train: Typed, *, engine: Engine, folder: Path, parent: Parent | None) -> Fitted:
+    """Fits the transform. Of rows that can't be fitted, a fault of the rows themselves comes first."""
+    try:
+        return engine.fit(spec, train, transform=folder / "transform", parent=parent)
+    except (Fault, PolarsError):
+        for _ in train.batches():
+            pass
+        raise
 
 
 def _task(task: Task, *, rate: float) -> TaskColumn:
@@ -102,31 +120,29 @@ def _column(matrix: npt.NDArray[Any], *, filled: npt.NDArray[np.bool_], dtype: s
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
 
 
-def _encode(spec: FeatureSpec, split: str, *, engine: Engine, folder: Path, schema: Schema, report: Report) -> Json:
-    """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
-    transform = Transform.load(folder / "transform")
-    staged = folder / "raw" / f"{split}.parquet"
-    encode = engine.encoder(staged, transform)
-    (folder / split).mkdir()
-    names = [step["name"] for step in transform.features]
+def _encode(spec: FeatureSpec, rows: Typed, *, encode: Encode, schema: Schema, folder: Path, report: Report) -> Json:
+    """Writes one split's shards in row order into its folder; counts rows, missing and unseen values by feature."""
+    split, raw_columns = folder.name, list(spec.raw_columns())
+    names = [feature.name for feature in schema.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
-    out_of_fold = OutOfFold.load(folder) if split == "train" else OutOfFold({}, transform.signature)
-    shards = _Shards(folder / split, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
+    out_of_fold = OutOfFold.load(folder.parent) if split == "train" else None
+    shards = _Shards(folder, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
 
     def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
         first, batch = part
-        raw = pa.Table.from_batches([batch]).select(list(transform.signature.columns))
+        raw = pa.Table.from_batches([batch]).select(raw_columns)
         encoded = encode(raw, first)
-        columns = encoded_columns(encoded, schema) | out_of_fold.columns(raw, first_row=first)
+        columns = encoded_columns(encoded, schema)
+        columns |= out_of_fold.columns(raw, first_row=first) if out_of_fold else {}
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
         return encoded, pa.table(columns | ({GROUP: batch[GROUP]} if spec.data.group else {}))
 
-    file = pq.ParquetFile(staged)
-    for encoded, table in _in_order(encoded_rows, _numbered(file.iter_batches(batch_size=spec.etl.rows_per_group))):
+    batches = of_size(rows.batches(), rows=spec.etl.rows_per_group)
+    for encoded, table in _in_order(encoded_rows, _numbered(batches)):
         missing += encoded.missing
         unseen += encoded.unseen
         shards.write(table)
-        report(f"encode {split}", shards.rows)
+        report(f"encode {split}", shards.rows, total=rows.labels.rows)
     shards.close()
     counts = zip(names, missing.tolist(), unseen.tolist(), strict=True)
     return {"rows": shards.rows, "features": {name: {"missing": m, "unseen": u} for name, m, u in counts}}

@@ -34,7 +34,7 @@ def read_raw_split(spec: FeatureSpec, split: str) -> pa.Table:
         return pq.read_table(Path(folder) / f"{split}.parquet", memory_map=False).select(names)
 
 
-def _nobody(stage: str, rows: int) -> None:
+def _nobody(stage: str, rows: int, /, *, total: int | None = None) -> None:
     """Rows that are read a second time are not reported."""
 
 

@@ -10,9 +10,11 @@ from etl.data_spec import Data
 from etl.numeric import Count as Count
 from etl.numeric import Numeric as Numeric
 from etl.numeric import Target as Target
-from etl.section import ColumnNames, IdSection, expanded
+from etl.section import ColumnNames as ColumnNames
+from etl.section import IdSection
 from etl.section import Name as Name
 from etl.section import Section as Section
+from etl.section import expanded as expanded
 
 DType = Literal["string", "int64", "float64", "list<string>", "list<int64>", "list<float64>"]
 _INNER: dict[DType, DType] = {"list<string>": "string", "list<int64>": "int64", "list<float64>": "float64"}

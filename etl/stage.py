@@ -1,28 +1,28 @@
 """Raw files -> one typed parquet a split: rows divided, histories added, negatives drawn, labels checked."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from etl.faults import Fault
-from etl.formats import files
+from etl.formats import files, row_total
 from etl.histories import ROW, HistoryLog
 from etl.negatives import Sampler
 from etl.pack import ARROW, inner_type
 from etl.reader import SPLIT, Reader
 from etl.spec import FeatureSpec
 from etl.splits import SPLITS, division
+from etl.typed import Columns, Report, Typed, count_labels, label_columns, no_rows
 
-Report = Callable[[str, int], None]
 _GROUP_ROWS = 65_536
 _OWN = (ROW, SPLIT, "history:", "negatives:")
 
 
-def stage(spec: FeatureSpec, folder: Path, *, report: Report) -> dict[str, dict[str, float]]:
-    """Writes `<split>.parquet` in the order of the raw rows; returns the positive rate of each label by split.
+def stage(spec: FeatureSpec, folder: Path, *, report: Report) -> dict[str, Typed]:
+    """Writes `<split>.parquet` in the order of the raw rows.
 
     Rows pass in batches. Only what histories and draws look up is held in memory, see there.
 
@@ -30,22 +30,33 @@ def stage(spec: FeatureSpec, folder: Path, *, report: Report) -> dict[str, dict[
         Fault: whatever is wrong with the raw files, a split without rows, or training labels of one class.
     """
     derived = bool(spec.data.histories or spec.data.negatives)
+    reader = Reader(spec)
     staged = [folder / f"{split}{'.log' if derived else ''}.parquet" for split in SPLITS]
-    _read(spec, staged, report=report)
+    _read(spec, staged, reader=reader, report=report)
     if derived:
         _derive(spec, staged, report=report)
-        staged = [folder / f"{split}.parquet" for split in SPLITS]
-    return {split: _label_rates(spec, path, split=split) for split, path in zip(SPLITS, staged, strict=True)}
+    found = {}
+    for split in SPLITS:
+        path = folder / f"{split}.parquet"
+        raw = None if reader.by_day else files(getattr(spec.data, split) or spec.data.train, what=split)
+        labels = pq.ParquetFile(path).iter_batches(columns=label_columns(spec))
+        counts = count_labels(spec, labels, split=split, paths=raw)
+        found[split] = Typed(Columns.staged(path), counts, batches=partial(_staged_batches, path))
+    return found
 
 
-def _read(spec: FeatureSpec, staged: list[Path], *, report: Report) -> None:
+def _staged_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    yield from pq.ParquetFile(path).iter_batches()
+
+
+def _read(spec: FeatureSpec, staged: list[Path], *, reader: Reader, report: Report) -> None:
     """The typed rows of each split, with their number in the log where rows or columns are made from it."""
-    data, reader, row = spec.data, Reader(spec), 0
+    data, row = spec.data, 0
     paths = {split: files(getattr(data, split), what=split) for split in SPLITS}
     divide = division(data, reader, paths=paths["train"], scratch=staged[0].parent)
     writers = [_Writer(path, split=split) for path, split in zip(staged, SPLITS, strict=True)]
     for at, split in enumerate(SPLITS):
-        first = row
+        first, total = row, row_total(data, paths[split])
         for batch in reader.batches(paths[split]):
             parts = divide(batch, row) if split == "train" else np.full(batch.num_rows, at, np.int8)
             if data.histories or data.negatives:
@@ -57,7 +68,7 @@ def _read(spec: FeatureSpec, staged: list[Path], *, report: Report) -> None:
                 if mine.any():
                     writer.write(batch if mine.all() else batch.filter(pa.array(mine)))
             row += batch.num_rows
-            report(f"read {split}", row - first)
+            report(f"read {split}", row - first, total=total)
     for writer in writers:
         writer.close()
 
@@ -69,12 +80,13 @@ def _derive(spec: FeatureSpec, staged: list[Path], *, report: Report) -> None:
     sampler = Sampler(spec.data.negatives, staged=staged) if spec.data.negatives else None
     for path, split in zip(staged, SPLITS, strict=True):
         writer, rows = _Writer(path.with_name(f"{split}.parquet"), split=split), 0
-        for batch in pq.ParquetFile(path).iter_batches():
+        log = pq.ParquetFile(path)
+        for batch in log.iter_batches():
+            rows += batch.num_rows
             batch = _with_histories(batch, histories)
             batch = sampler.expand(batch) if sampler else batch
             writer.write(_without_own(batch))
-            rows += batch.num_rows
-            report(f"derive {split}", rows)
+            report(f"derive {split}", rows, total=log.metadata.num_rows)
         writer.close()
         path.unlink()
 
@@ -124,25 +136,4 @@ class _Writer:
         if self._writer is not None:
             self._writer.close()
         if not self._rows:
-            remedy = "give more rows, raise the split's fraction or move its bounds, or lower min_length of a history"
-            raise Fault(f"data.{self._split}", got="no rows", wanted="at least one", remedy=remedy)
-
-
-def _label_rates(spec: FeatureSpec, staged: Path, *, split: str) -> dict[str, float]:
-    """Share of ones by task. Raises Fault where training has one class only."""
-    file = pq.ParquetFile(staged)
-    ones = {task.name: 0.0 for task in spec.tasks}
-    for batch in file.iter_batches(columns=[f"label:{name}" for name in ones]):
-        labels = {name: batch[f"label:{name}"].to_numpy() for name in ones}
-        for task in spec.tasks:
-            ones[task.name] += float(labels[task.name].sum())
-            if task.implies and (wrong := int((labels[task.name] > labels[task.implies]).sum())):
-                got = f"{wrong} rows with '{task.name}' 1 and '{task.implies}' 0"
-                remedy = f"mend the rows, or drop 'implies' of task '{task.name}'"
-                raise Fault(f"data.{split}", got=got, wanted=f"'{task.implies}' 1 there", remedy=remedy)
-    rates = {name: count / file.metadata.num_rows for name, count in ones.items()}
-    if split == "train" and (flat := [name for name, rate in rates.items() if rate in (0.0, 1.0)]):
-        got = f"only class {rates[flat[0]]:.0f} for task '{flat[0]}'"
-        remedy = "check the task's column and its positive and negative texts"
-        raise Fault("data.train", got=got, wanted="both classes in the training rows", remedy=remedy)
-    return rates
+            raise no_rows(self._split)

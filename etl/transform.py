@@ -187,8 +187,7 @@ class Transform:
         self.signature = Signature.from_json(state["signature"])
         self.features: list[State] = state["features"]
         self.dense: list[State] = state["dense"]
-        self.encodings: Encodings = encodings or {}
-        self._vocabularies = tables
+        self.vocabularies, self.encodings = tables, encodings or {}
         self._key_places = self.signature.places(self.signature.keys)
         self._number_places = self.signature.places(self.signature.numbers)
 
@@ -201,6 +200,13 @@ class Transform:
         others = {step["name"]: step["other"] for step in state["dense"] if "by" in step}
         encodings = {n: encoding(folder / "encoding" / f"{n}.parquet", other=other) for n, other in others.items()}
         return cls(state, vocabularies, encodings=encodings)
+
+    @property
+    def float_names(self) -> list[str]:
+        """The feature behind each column of `Encoded.floats`."""
+        valued = [step for step in self.features if step["kind"] == "field" or step.get("weights")]
+        slots = [step["name"] for step in valued for _ in range(self.signature.slots.get(step["column"], 1))]
+        return [step["name"] for step in self.dense] + slots
 
     def apply(self, packed: Packed) -> Encoded:
         """Packed rows [B, ...] that passed `check` to ids [B, S] and floats [B, N]; never fails."""
@@ -241,7 +247,7 @@ class Transform:
 
     def _rows(self, step: State, key: Int64s) -> Int64s:
         if step["kind"] == "vocabulary":
-            rows = self._vocabularies[step["table"]](key)
+            rows = self.vocabularies[step["table"]](key)
         elif step["kind"] == "buckets":
             rows = np.where(key == MISSING_KEY, 0, key + 1)
         elif step["kind"] == "field":

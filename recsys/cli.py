@@ -1,13 +1,17 @@
 """The commands of training."""
 
+import dataclasses
+import inspect
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from etl.faults import exit_on_fault
+from recsys.plan_options import PlanOptions
 
 if TYPE_CHECKING:
     from recsys.experiment import Experiment
@@ -107,6 +111,40 @@ def predict(
         from recsys.predict import predict as run_prediction
 
         print(f"{output}: {run_prediction(run, rows=input_, output=output):,} rows")
+
+
+def _with_plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Spells a command's `**options` out, as one option for each field."""
+    first = next(iter(inspect.signature(command).parameters.values()))
+    options = [
+        first.replace(
+            name=field.name,
+            kind=first.KEYWORD_ONLY,
+            annotation=Annotated[field.type, typer.Option(help=field.metadata["help"])],
+            default=field.default,
+        )
+        for field in dataclasses.fields(PlanOptions)
+    ]
+    vars(command)["__signature__"] = inspect.Signature([first, *options])
+    command.__annotations__ |= {option.name: option.annotation for option in options}
+    return command
+
+
+@app.command("plan")
+@_with_plan_options
+def _plan(experiment: ExperimentFile, **options: Any) -> None:
+    """Say which rank will hold what and in how much memory, for hardware that need not be there."""
+    with exit_on_fault():
+        from recsys.progress import quiet_libraries
+
+        quiet_libraries()
+        from recsys.plan import as_json, as_text, plan_for, write_picture
+
+        chosen = PlanOptions(**options)
+        found = plan_for(_load(experiment, [*chosen.overrides(), *(chosen.set or [])]), chosen)
+        if chosen.picture:
+            write_picture(found, chosen.picture)
+        print(json.dumps(as_json(found)) if chosen.json else as_text(found))
 
 
 @app.command()

@@ -5,6 +5,7 @@ k takes the next `ranks x batch_size` rows and each rank its slice of them, so a
 and a position (rows taken by all ranks) is all that a checkpoint has to keep.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,19 +33,25 @@ class RowGroup:
     file: Path
     index: int
     rows: int
+    first: int
+    """The number of its first row, counted in file order over all files of the split."""
 
 
 class Rows(NamedTuple):
-    """Rows in memory: ids int64 [R, S], floats float32 [R, N], labels float32 [R, T], groups int64 [R, 1 or 0]."""
+    """Rows in memory: ids int64 [R, S], floats float32 [R, N], labels float32 [R, T], groups int64 [R, 1 or 0].
+
+    `numbers_R` int64 counts the rows of the split in file order.
+    """
 
     ids_RS: npt.NDArray[np.int64]
     floats_RN: npt.NDArray[np.float32]
     labels_RT: npt.NDArray[np.float32]
     groups_RG: npt.NDArray[np.int64]
+    numbers_R: npt.NDArray[np.int64]
 
     def take(self, which: slice | npt.NDArray[np.int64]) -> "Rows":
         """Some of the rows."""
-        return Rows(self.ids_RS[which], self.floats_RN[which], self.labels_RT[which], self.groups_RG[which])
+        return Rows._make(part[which] for part in self)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Batch:
 
     `weights_BT` is 1 where a row counts for a task and 0 where it does not: on rows that fill up the last step (copies
     of its real rows, so that batch statistics stay sound) and where the task's condition does not hold. `global_rows`
-    counts the real rows of the step over all ranks.
+    counts the real rows of the step over all ranks. `numbers_B` says which rows of the split these are; it stays on the
+    CPU and is None where the rows come from no split.
     """
 
     ids_BS: torch.Tensor
@@ -63,13 +71,25 @@ class Batch:
     real_B: torch.Tensor
     weights_BT: torch.Tensor
     global_rows: int
+    numbers_B: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on a device, copied without waiting."""
         ids_BS, groups_BG = (t.to(device, non_blocking=True) for t in (self.ids_BS, self.groups_BG))
         floats = (self.floats_BN, self.labels_BT, self.real_B, self.weights_BT)
         floats_BN, labels_BT, real_B, weights_BT = (t.to(device, non_blocking=True) for t in floats)
-        return Batch(ids_BS, floats_BN, labels_BT, groups_BG, real_B, weights_BT, self.global_rows)
+        return Batch(ids_BS, floats_BN, labels_BT, groups_BG, real_B, weights_BT, self.global_rows, self.numbers_B)
+
+    def parts(self, count: int) -> list["Batch"]:
+        """The same rows as so many batches, each of the same `global_rows`."""
+        size = -(-len(self.ids_BS) // count)
+        return [self._rows(slice(at, at + size)) for at in range(0, len(self.ids_BS), size)]
+
+    def _rows(self, which: slice) -> "Batch":
+        floats = (self.floats_BN[which], self.labels_BT[which], self.groups_BG[which])
+        numbers_B = None if self.numbers_B is None else self.numbers_B[which]
+        of_rows = (self.real_B[which], self.weights_BT[which])
+        return Batch(self.ids_BS[which], *floats, *of_rows, self.global_rows, numbers_B)
 
 
 @dataclass(frozen=True)
@@ -173,32 +193,50 @@ class Split:
         labels = np.empty((table.num_rows, len(schema.tasks)), np.float32)
         for at, name in enumerate(schema.task_names):
             labels[:, at] = _column(table, name, place=group.file, dtype=pa.float32())
+        self._check_finite(floats, schema.float_names, first=group.first)
+        self._check_finite(labels, schema.task_names, first=group.first)
         of_group = [_column(table, name, place=group.file, dtype=pa.int64())[:, None] for name in groups]
-        return Rows(ids, floats, labels, np.concatenate([np.zeros((len(ids), 0), np.int64), *of_group], axis=1))
+        groups_RG = np.concatenate([np.zeros((len(ids), 0), np.int64), *of_group], axis=1)
+        return Rows(ids, floats, labels, groups_RG, np.arange(group.first, group.first + group.rows))
 
     def _batch(self, rows: Rows, mine: Slice) -> Batch:
         """This rank's slice of one step, filled up to full size with copies of the step's rows."""
         count = len(rows.ids_RS)
         place = np.arange(mine.rank * mine.batch_size, (mine.rank + 1) * mine.batch_size)
         own = rows if mine.step_rows == count and mine.ranks == 1 else rows.take(place % count)
-        ids, floats, labels, groups = (torch.from_numpy(part) for part in own)
+        ids, floats, labels, groups, numbers = (torch.from_numpy(part) for part in own)
         real = torch.from_numpy((place < count).astype(np.float32))
         weights = real[:, None].repeat(1, len(self._schema.tasks))
         for at, task in enumerate(self._schema.tasks):
             if task.given is not None:
                 weights[:, at] *= labels[:, self._schema.task_names.index(task.given)]
-        return Batch(ids, floats, labels, groups, real, weights, global_rows=count)
+        return Batch(ids, floats, labels, groups, real, weights, count, numbers)
+
+    def _check_finite(self, values: npt.NDArray[np.float32], names: Sequence[str], *, first: int) -> None:
+        if not np.isfinite(values).all():
+            row, at = np.argwhere(~np.isfinite(values))[0]
+            got = f"{values[row, at]} in column '{names[at]}'"
+            raise Fault(self.place(first + int(row)), got=got, wanted="a finite number", remedy=_REMEDY)
+
+    def place(self, number: int) -> str:
+        """The file and the row in it, counted from 0, of a row of the split."""
+        group = self._groups[bisect_right(self._groups, number, key=lambda group: group.first) - 1]
+        before = sum(other.rows for other in self._groups if other.file == group.file and other.index < group.index)
+        return f"{group.file}, row {number - group.first + before}"
 
 
 def _row_groups(folder: Path) -> list[RowGroup]:
-    found = []
+    found, first = [], 0
     for path in sorted(folder.glob("*.parquet")):
         try:
             metadata = pq.read_metadata(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise Fault(str(path), got=str(error), wanted="a whole parquet file", remedy=_REMEDY) from None
-        found += [RowGroup(path, at, metadata.row_group(at).num_rows) for at in range(metadata.num_row_groups)]
-    if not sum(group.rows for group in found):
+        for at in range(metadata.num_row_groups):
+            if size := metadata.row_group(at).num_rows:
+                found.append(RowGroup(path, at, size, first))
+                first += size
+    if not found:
         raise Fault(str(folder), got="no rows", wanted="parquet shards with at least one row", remedy=_REMEDY)
     return found
 

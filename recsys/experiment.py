@@ -7,11 +7,25 @@ from pydantic import Field, model_validator
 
 from etl.artifact import read_json
 from etl.experiment_file import parse
-from etl.spec import Count, FeatureSpec, Name, Numeric, Section, Sequence, Target, resolve
+from etl.spec import (
+    Bag,
+    ColumnNames,
+    Count,
+    FeatureSpec,
+    Name,
+    Numeric,
+    Section,
+    Sequence,
+    Target,
+    column_of,
+    expanded,
+    resolve,
+)
 from recsys.models import AnyModel
 from recsys.models.head import Sizes
 from recsys.optim import Name as OptimizerName
 from recsys.optim import OptimizerSettings
+from recsys.placement import Placement, placement_faults
 
 
 class EarlyStop(Section):
@@ -34,6 +48,9 @@ class Train(OptimizerSettings):
 
     optimizer: Literal["adam", "adagrad", "sgd", "momentum", "ftrl"] = "adam"
     batch_size: int = Field(512, ge=1, description="rows of one step on one rank")
+    accumulate: int = Field(
+        1, ge=1, description="a step of so many batches: the head takes one after the other, tables see them as one"
+    )
     epochs: int = Field(10, ge=1, description="passes over the training rows, unless stopped early")
     weight_decay: float = Field(0.0, ge=0, description="decoupled: weights shrink by learning_rate x this each step")
     layer_l2: float | list[float] = Field(
@@ -49,9 +66,10 @@ class Train(OptimizerSettings):
     checkpoint_every_steps: int | None = Field(None, ge=1, description="save also between evaluations")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, the best one always is")
     log_every_steps: int = Field(50, ge=1)
+    dead_after_s: float = Field(60.0, ge=2, description="a rank that is silent for so long is given up; the others end")
 
 
-class Embedding(OptimizerSettings):
+class Embedding(OptimizerSettings, Placement):
     """The tables: their size, their start, their optimizer (in the backward pass) and their sharding."""
 
     optimizer: OptimizerName = "rowwise_adagrad"
@@ -71,7 +89,11 @@ class Embedding(OptimizerSettings):
         description="batch: rows that the step touched, once each; table: every row, each step; activations: pooled "
         "vectors of each row of the batch, summed, as in the code of FM, FNN and PNN",
     )
-    sharding: Literal["auto", "table_wise", "row_wise"] = Field("auto", description="auto: the planner chooses a table")
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether some columns of a row share one state."""
+        return "rowwise_adagrad" in (self.optimizer, self.linear.optimizer if self.linear else "")
 
     @property
     def first_order_l2(self) -> float:
@@ -90,10 +112,17 @@ class Serve(Section):
     """The model server."""
 
     instances: int = Field(1, ge=1, description="copies of the model, one thread each")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cuda: as many instances on each of `gpus`")
+    gpus: list[int] = Field([0], min_length=1, description="for device cuda: numbers of the GPUs")
     max_batch_size: int = Field(1024, ge=1, description="rows of the largest request")
     grpc_port: int | None = Field(None, ge=1, le=65535, description="a free one unless set")
     http_port: int | None = Field(None, ge=1, le=65535, description="a free one unless set")
     metrics_port: int | None = Field(None, ge=1, le=65535, description="a free one unless set")
+    user: list[ColumnNames] = Field(
+        [], description="raw columns or ranges (U1..U9) that a ranking request sends once for all its candidates"
+    )
+    max_candidates: int = Field(1024, ge=1, description="of one ranking request")
+    psi_alarm: float = Field(0.2, gt=0, description="drift of scores and values that raises the alarm, as a PSI")
 
 
 class Experiment(FeatureSpec):
@@ -123,6 +152,26 @@ class Experiment(FeatureSpec):
         )
         if faults := self.model.faults(sizes):
             raise ValueError(f"model '{self.model.kind}': {'; '.join(faults)}")
+        tables = dict.fromkeys(str(getattr(f, "table", None) or f.name) for f in ids)
+        embedding, device = self.embedding, self.train.device
+        if faults := placement_faults(embedding, tables, device=device, rowwise=embedding.rowwise):
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
+    def _user_columns_are_there(self) -> "Experiment":
+        columns, user = self.raw_columns(), set(expanded(self.serve.user))
+        if unknown := sorted(user - set(columns)):
+            raise ValueError(f"serve.user: no feature reads '{unknown[0]}', the columns are {', '.join(columns)}")
+        if user and not set(columns) - user:
+            raise ValueError("serve.user names every column: candidates need one of their own")
+        for feature in resolve(self.features):
+            if isinstance(feature, Bag) and feature.weight_column:
+                pair = {column_of(feature), feature.weight_column}
+                if len(pair & user) == 1:
+                    raise ValueError(
+                        f"serve.user: name both {' and '.join(sorted(pair))}, or neither: they go together"
+                    )
         return self
 
     def as_json(self) -> Any:

@@ -37,7 +37,11 @@ class Network(nn.Module):
         self.register_buffer("columns", torch.tensor(layout.columns, dtype=torch.int64), persistent=False)
 
     def forward(self, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
-        inputs = self.inputs(ids_BS, floats_BN)
+        return self.score(self.rows(ids_BS), ids_BS=ids_BS, floats_BN=floats_BN)
+
+    def score(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
+        """What `forward` answers, from the rows that the ids looked up."""
+        inputs = self._inputs(rows_BD, ids_BS=ids_BS, floats_BN=floats_BN)
         l2, linear_l2 = self._l2
         if l2 or linear_l2:
             penalty_B = self.head.activation_penalty_B(inputs, l2=l2, linear_l2=linear_l2)
@@ -47,7 +51,13 @@ class Network(nn.Module):
 
     def inputs(self, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
         """What the head reads."""
-        rows_BD = self._in_order(self.tables(self.lookups(ids_BS)))
+        return self._inputs(self.rows(ids_BS), ids_BS=ids_BS, floats_BN=floats_BN)
+
+    def rows(self, ids_BS: Tensor) -> Tensor:
+        """The rows of all slots side by side [B, D], slot after slot."""
+        return self._in_order(self.tables(self.lookups(ids_BS)))
+
+    def _inputs(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
         layout, end = self.layout, self.layout.vectors * self.layout.width
         rows_BSW = rows_BD[:, :end].view(len(ids_BS), layout.vectors, layout.width)
         return layout.inputs(rows_BSW, rows_BD[:, end::LANE], ids_BS=ids_BS, floats_BN=floats_BN)

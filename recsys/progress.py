@@ -14,6 +14,7 @@ from etl.artifact import Json
 
 Report = Callable[[Json], None]
 _PLAIN_EVERY_S = 10.0
+_TALK = ("_fbgemm_torch_compat_table", "Could not determine LOCAL_WORLD_SIZE", "Sharding spec not found")
 
 
 def quiet_libraries() -> None:
@@ -24,8 +25,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*autograd kernel was not registered.*", category=UserWarning)
     warnings.filterwarnings("ignore", message="`_get_pg_default_device` will be deprecated", category=UserWarning)
     warnings.filterwarnings("ignore", message="Multiple backends are registered", category=UserWarning)
-    logging.getLogger().addFilter(lambda record: "_fbgemm_torch_compat_table" not in record.getMessage())
-    for name in ("torch.fx._symbolic_trace", "torchrec.distributed.planner.types"):
+    logging.getLogger().addFilter(lambda record: not any(talk in record.getMessage() for talk in _TALK))
+    for name in (
+        "torch.fx._symbolic_trace",
+        "torchrec.distributed.planner.types",
+        "torchrec.distributed.comm",
+        "torchrec.distributed.utils",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from etl.artifact import Json, write_json, write_text
+from etl.artifact import Json, new_folder, write_json, write_text
 from etl.faults import Fault
 from etl.schema import Schema
 from recsys.experiment import Experiment, read_experiment
@@ -27,10 +27,10 @@ def open_run(run: Path, experiment: Experiment, *, schema: Schema, data: Path) -
     if run.exists() and any(run.iterdir()):
         got, remedy = "a folder of something else", "use --run with a new folder"
         raise Fault(str(run), got=got, wanted="a run folder or a free place", remedy=remedy)
-    run.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(data / "transform", run / "transform", dirs_exist_ok=True)
-    schema.write(run)
-    write_json(run / "experiment.json", experiment.as_json())
+    with new_folder(run, marker="experiment.json") as beside:
+        shutil.copytree(data / "transform", beside / "transform")
+        schema.write(beside)
+        write_json(beside / "experiment.json", experiment.as_json())
 
 
 def _differences(a: Experiment, b: Experiment) -> list[str]:

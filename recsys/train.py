@@ -6,26 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.nn.utils import clip_grad_norm_
 
 from etl.artifact import Json, read_json, seed_of, write_json
-from etl.faults import Fault
 from etl.schema import Schema
-from recsys.checkpoint import Progress, best, latest, save_checkpoint
+from recsys.checkpoint import Checkpoints, Progress, best
 from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
-from recsys.experiment import EarlyStop, Experiment, Train
+from recsys.experiment import EarlyStop, Experiment
+from recsys.learner import Learner
 from recsys.metrics import Metrics
 from recsys.models.fnn import FNNConfig
-from recsys.models.head import Head
-from recsys.models.layers import FirstOrder, half_squares
-from recsys.network import Scored, build_network
-from recsys.optim import DenseOptimizer, OptimizerSettings
-from recsys.parallel.shard import shard
+from recsys.network import Scored
 from recsys.parallel.state import restore, restore_weights
-from recsys.parallel.world import World, barrier, mean_over_ranks, open_world
+from recsys.parallel.world import World, average_buffers, barrier, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
 from recsys.warm_start import start_from_fm
 
@@ -40,53 +33,57 @@ def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> J
     Raises:
         Fault: the dataset folder is stale or broken, or the run folder is another experiment's.
     """
-    schema = open_dataset(data, experiment.data_hash())
-    with open_world(experiment.train.device) as world:
+    schema, settings = open_dataset(data, experiment.data_hash()), experiment.train
+    with open_world(settings.device, dead_after_s=settings.dead_after_s) as world:
         if world.rank == 0:
             open_run(run, experiment, schema=schema, data=data)
         barrier()
-        trainer = Trainer(experiment, schema, data=data, run=run, world=world, report=report)
-        trainer.resume()
-        while not trainer.progress.finished:
-            for batch in trainer.rest_of_epoch():
-                trainer.step(batch)
-                trainer.log_if_due()
-                trainer.evaluate_if_due()
-                trainer.save_if_due()
-            trainer.end_epoch()
-        return trainer.finish()
+        with Checkpoints(run, world=world, keep=settings.keep) as checkpoints:
+            trainer = Trainer(experiment, schema, data=data, checkpoints=checkpoints, world=world, report=report)
+            trainer.resume()
+            while not trainer.progress.finished:
+                for batch in trainer.rest_of_epoch():
+                    trainer.step(batch)
+                    trainer.log_if_due()
+                    trainer.evaluate_if_due()
+                    trainer.save_if_due()
+                trainer.end_epoch()
+            return trainer.finish()
 
 
 class Trainer:
     """What changes while a model learns."""
 
     def __init__(
-        self, experiment: Experiment, schema: Schema, *, data: Path, run: Path, world: World, report: Report
+        self,
+        experiment: Experiment,
+        schema: Schema,
+        *,
+        data: Path,
+        checkpoints: Checkpoints,
+        world: World,
+        report: Report,
     ) -> None:
-        self.experiment, self.schema = experiment, schema
-        self.settings, self.run, self.world, self.report = experiment.train, run, world, report
+        self.experiment, self.schema, self.settings = experiment, schema, experiment.train
+        self.checkpoints, self.run, self.world, self.report = checkpoints, checkpoints.run, world, report
         self.tasks, self.progress = schema.task_names, Progress(seed=experiment.seed)
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
-        self.mine = Slice(world.rank, world.size, self.settings.batch_size)
-        self.network = build_network(experiment, schema, table_device="meta")
-        self.sharded = shard(self.network, experiment.embedding, world=world, seed=experiment.seed)
-        self.model = self.sharded.model
-        self.optimizer = dense_optimizer(self.model, self.settings, linear=experiment.embedding.linear)
-        self.penalised = penalised_layers(self.network.head, self.settings.layer_l2)
-        self.task_weights_T = torch.tensor([task.weight for task in schema.tasks], device=world.device)
+        self.mine = Slice(world.rank, world.size, self.settings.batch_size * self.settings.accumulate)
+        self.learner = Learner(experiment, schema, world=world)
         self._loss, self._summed, self._saved_step = torch.zeros((), device=world.device), 0, -1
         self._began, self._seconds_before, self._rows_before = time.monotonic(), 0.0, 0
 
     def resume(self) -> None:
         """From the newest checkpoint, where there is one; later lines of metrics.jsonl are written again."""
-        found = latest(self.run)
+        learner = self.learner
+        found = self.checkpoints.newest()
         if found:
             folder, self.progress = found
-            restore(folder, self.sharded, optimizer=self.optimizer)
+            restore(folder, learner.sharded, optimizer=learner.optimizer)
             self._saved_step = self.progress.step
             self._set_rates()
         elif isinstance(self.experiment.model, FNNConfig) and (fm := self.experiment.model.init_from_fm):
-            start_from_fm(self.sharded, self.network, schema=self.schema, run=Path(fm))
+            start_from_fm(learner.sharded, learner.network, schema=self.schema, run=Path(fm))
         self._seconds_before, self._rows_before = self.progress.seconds, self.progress.rows
         if self.world.rank == 0:
             self.lines = MetricsFile(self.run, last_step=self.progress.step)
@@ -100,21 +97,7 @@ class Trainer:
         """One update of tables (inside the backward pass) and dense weights."""
         p = self.progress
         torch.manual_seed(seed_of(p.seed, p.step, self.world.rank))
-        self.sharded.begin_step(p.step + 1)
-        own = batch.to(self.world.device)
-        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            scored = self.model(own.ids_BS, own.floats_BN)
-        logloss, loss = mean_loss(scored, own, task_weights_T=self.task_weights_T, ranks=self.world.size)
-        if (penalty := head_penalty(self.network.head, self.penalised)) is not None:
-            loss = loss + penalty
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self.settings.clip_norm:
-            clip_grad_norm_(
-                [p for group in self.optimizer.param_groups for p in group["params"]], self.settings.clip_norm
-            )
-        self.optimizer.step()
-        self._loss += logloss.detach()
+        self._loss += self.learner.update(batch.to(self.world.device), step=p.step + 1, guard=self._guard)
         self._summed += 1
         self._advance(step=p.step + 1, position=p.position + batch.global_rows, rows=p.rows + batch.global_rows)
 
@@ -125,14 +108,12 @@ class Trainer:
 
     def evaluate_if_due(self) -> None:
         """Each `eval_every_steps`, where set; the end of an epoch evaluates by itself."""
-        every, ended = self.settings.eval_every_steps, self.progress.position >= self.splits["train"].rows
-        if every and self.progress.step % every == 0 and not ended and self._evaluate():
-            self._save(again=True)
+        if self._is_due(self.settings.eval_every_steps) and self._evaluate():
+            self._save()
 
     def save_if_due(self) -> None:
-        """Each `checkpoint_every_steps`, where set."""
-        every = self.settings.checkpoint_every_steps
-        if every and self.progress.step % every == 0:
+        """Each `checkpoint_every_steps`, where set; the end of an epoch saves by itself."""
+        if self._is_due(self.settings.checkpoint_every_steps) and self._saved_step != self.progress.step:
             self._save()
 
     def end_epoch(self) -> None:
@@ -142,7 +123,7 @@ class Trainer:
         self._evaluate()
         stop = last or self.progress.without_gain >= self.settings.early_stop.patience
         self._advance(finished=stop)
-        self._save(again=True)
+        self._save()
 
     def finish(self) -> Json:
         """The best weights' metrics on validation and test rows, written once."""
@@ -150,7 +131,8 @@ class Trainer:
         if path.is_file():
             found: Json = read_json(path, remedy="delete it and run the command again")
             return found
-        restore_weights(best(self.run), self.sharded)
+        self.checkpoints.wait()
+        restore_weights(best(self.run), self.learner.sharded)
         p = self.progress
         result: Json = {"steps": p.step, "rows": p.rows, "seconds": p.seconds, "best_step": p.best_step}
         result["rows_per_second"] = p.rows / max(p.seconds, 1e-9)
@@ -162,6 +144,13 @@ class Trainer:
             write_json(path, result)
         barrier()
         return result
+
+    def _is_due(self, every: int | None) -> bool:
+        ended = self.progress.position >= self.splits["train"].rows
+        return bool(every) and self.progress.step % (every or 1) == 0 and not ended
+
+    def _guard(self, scored: Scored, batch: Batch) -> None:
+        pass
 
     def _evaluate(self) -> bool:
         """Logs the validation metrics; whether they are the best so far."""
@@ -185,20 +174,17 @@ class Trainer:
 
     def _set_rates(self) -> None:
         if self.settings.plateau:
-            self.optimizer.rate = self.settings.plateau.factor**self.progress.cuts
-            self.sharded.scale_rate(self.optimizer.rate)
+            self.learner.set_rate(self.settings.plateau.factor**self.progress.cuts)
 
     def _scores(self, split: str) -> tuple[Metrics, Any]:
+        average_buffers(self.learner.network.head)  # one model on all ranks, as it is saved
         rows, batch_size = self.splits[split], self.settings.batch_size
-        return evaluate_model(self.model, rows, tasks=self.tasks, world=self.world, batch_size=batch_size)
+        return evaluate_model(self.learner.model, rows, tasks=self.tasks, world=self.world, batch_size=batch_size)
 
-    def _save(self, *, again: bool = False) -> None:
-        if again or self._saved_step != self.progress.step:
-            keep = self.settings.keep
-            save_checkpoint(
-                self.run, self.progress, sharded=self.sharded, optimizer=self.optimizer, world=self.world, keep=keep
-            )
-            self._saved_step = self.progress.step
+    def _save(self) -> None:
+        average_buffers(self.learner.network.head)
+        self.checkpoints.save(self.progress, sharded=self.learner.sharded, optimizer=self.learner.optimizer)
+        self._saved_step = self.progress.step
 
     def _log(self, metrics: Metrics) -> None:
         loss = mean_over_ranks(self._loss / max(self._summed, 1)) if self._summed else None
@@ -216,61 +202,6 @@ class Trainer:
     def _advance(self, **changes: float | int | bool) -> None:
         seconds = self._seconds_before + time.monotonic() - self._began
         self.progress = self.progress.model_copy(update=changes | {"seconds": seconds})
-
-
-def mean_loss(scored: Scored, batch: Batch, *, task_weights_T: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
-    """This rank's share of the step's mean logloss, and the same with the penalty on activations, both times the ranks.
-
-    Gradients are averaged over ranks afterwards. A task's mean is over all rows, also those that its condition leaves
-    out; the penalty is a sum over rows, as published.
-    """
-    loss_BT = binary_cross_entropy_with_logits(scored.logits_BT.float(), batch.labels_BT, reduction="none")
-    logloss = (loss_BT * batch.weights_BT * task_weights_T).sum() * (ranks / batch.global_rows)
-    return logloss, logloss + (scored.penalty_B * batch.real_B).sum() * ranks
-
-
-def penalised_layers(head: Head, layer_l2: float | list[float]) -> list[tuple[nn.Linear, float]]:
-    """The linear layers that `layer_l2` regularises, each with its factor; a list gives one for each in their order.
-
-    Raises:
-        Fault: another number of layers than of values.
-    """
-    layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    factors = layer_l2 if isinstance(layer_l2, list) else [layer_l2] * len(layers)
-    if len(factors) != len(layers):
-        got, wanted = f"{len(factors)} values", f"one number, or one for each of the {len(layers)} linear layers"
-        raise Fault("train.layer_l2", got=got, wanted=wanted, remedy="give as many values as layers")
-    return [(layer, l2) for layer, l2 in zip(layers, factors, strict=True) if l2]
-
-
-def head_penalty(head: Head, layers: list[tuple[nn.Linear, float]]) -> Tensor | None:
-    """The regularisers of the head's own weights: those of `penalised_layers`, and what the model adds."""
-    terms = [half_squares([layer.weight]) * l2 for layer, l2 in layers]
-    if (own := head.penalty()) is not None:
-        terms.append(own)
-    return torch.stack(terms).sum() if terms else None
-
-
-def dense_optimizer(model: nn.Module, settings: Train, *, linear: OptimizerSettings | None) -> DenseOptimizer:
-    """The optimizer of everything but the tables; `linear`, where given, that of first-order weights and their bias."""
-    parameters = [value for name, value in model.named_parameters() if "tables.embedding_bags" not in name]
-    first_order = {id(p) for module in model.modules() if isinstance(module, FirstOrder) for p in module.parameters()}
-    own_settings = [linear if linear and id(value) in first_order else settings for value in parameters]
-    groups = [
-        ([value for value, chosen in zip(parameters, own_settings, strict=True) if chosen is own], own)
-        for own in filter(None, (settings, linear))
-    ]
-    optimizer = DenseOptimizer([(values, own) for values, own in groups if values])
-    if settings.weight_decay:
-        optimizer.register_step_pre_hook(lambda o, a, k: _decay(parameters, settings, rate=optimizer.rate))
-    return optimizer
-
-
-def _decay(parameters: list[nn.Parameter], settings: Train, *, rate: float) -> None:
-    """Decoupled weight decay (Loshchilov and Hutter 2019), the same for every optimizer."""
-    with torch.no_grad():
-        for value in parameters:
-            value.mul_(1 - settings.learning_rate * rate * settings.weight_decay)
 
 
 def improves(metrics: Metrics, tasks: list[str], *, best: float | None, rule: EarlyStop) -> float | None:

@@ -17,7 +17,9 @@ from deploy.server.folder import claimed, log_folder
 from deploy.server.launch import PortLost, Site, launch
 from deploy.server.ports import held_ports
 from deploy.server.process import ServerProcess, remove_regions
+from deploy.server.public import require_safe_bind
 from deploy.server.runtime import find_runtime
+from deploy.server.stubs import StubWatch
 from etl.faults import Fault
 
 _log = logging.getLogger(__name__)
@@ -33,6 +35,17 @@ class _Run:
 
     site: Site
     process: ServerProcess
+    endpoint: Endpoint
+    stubs: StubWatch
+
+    @classmethod
+    def begin(cls, site: Site, stop: threading.Event) -> "_Run":
+        process, endpoint = launch(site, stop)
+        models = (site.options.model, *site.options.others)
+        return cls(site, process, endpoint, StubWatch(endpoint, admin_key=site.admin_key, models=models))
+
+    def death(self) -> str | None:
+        return self.process.death() or self.stubs.death()
 
 
 class EmbeddedServer:
@@ -63,6 +76,7 @@ class EmbeddedServer:
         if self._run is not None:
             raise RuntimeError("the server is started already")
         _require_model(self._options)
+        require_safe_bind(self._options)
         for _ in range(_STARTS - 1):
             try:
                 return self._start_once(stop)
@@ -73,8 +87,8 @@ class EmbeddedServer:
     def _start_once(self, stop: threading.Event) -> Endpoint:
         with ExitStack() as held:
             site = held.enter_context(_held_site(self._options))
-            process, endpoint = launch(site, stop)
-            self._run = _Run(site, process)
+            self._run = _Run.begin(site, stop)
+            endpoint = self._run.endpoint
             self._held = held.pop_all()
         if not stop.is_set():
             _log.info("model %s answers at %s:%d (gRPC)", endpoint.model, endpoint.host, endpoint.grpc_port)
@@ -90,11 +104,11 @@ class EmbeddedServer:
         budget = RestartBudget(self._options)
         failure: str | None = None
         while not stop.wait(_WATCH_EVERY_S):
-            failure = failure or self._run.process.death()
+            failure = failure or self._run.death()
             if failure is not None:
                 if not budget.allows(time.monotonic()):
                     raise _hopeless(self._run.site, failure)
-                failure = _restart(self._run, failure=failure, stop=stop)
+                failure = self._restart(self._run, failure=failure, stop=stop)
 
     def stop(self) -> None:
         """Lets requests in flight finish for `exit_timeout_s`, then kills. Nothing of the server stays behind."""
@@ -104,6 +118,21 @@ class EmbeddedServer:
                 exit_code = run.process.stop(self._options.exit_timeout_s + _EXIT_MARGIN_S)
                 if exit_code != 0:
                     _log.warning("tritonserver ended with %d, see %s", exit_code, run.site.folder.log)
+
+    def _restart(self, run: _Run, *, failure: str, stop: threading.Event) -> str | None:
+        """None when the server answers again, or `stop` is set; otherwise why it does not."""
+        _log.warning("%s: restarting the server", failure)
+        began = time.monotonic()
+        run.process.kill()  # with a stub dead there is nothing to drain: each request to it fails, after a second
+        remove_regions(run.site.server_id)
+        try:
+            self._run = _Run.begin(run.site, stop)
+        except Fault as fault:
+            stop.wait(_PAUSE_AFTER_FAILURE_S)
+            return str(fault)
+        if not stop.is_set():
+            _log.info("the server answers again after %.1f s", time.monotonic() - began)
+        return None
 
 
 class RestartBudget:
@@ -132,6 +161,8 @@ def _held_site(options: ServerOptions) -> Iterator[Site]:
         held_ports(options) as ports,  # after a killed launcher's server, which may have had the same, was seen out
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="triton-parent") as parent,
     ):
+        admin_key = secrets.token_hex(16)
+        folder.write_key(admin_key)
         try:
             yield Site(
                 options=options,
@@ -139,27 +170,11 @@ def _held_site(options: ServerOptions) -> Iterator[Site]:
                 folder=folder,
                 ports=ports,
                 server_id=server_id,
-                admin_key=secrets.token_hex(16),
+                admin_key=admin_key,
                 parent=parent,
             )
         finally:
             remove_regions(server_id)
-
-
-def _restart(run: _Run, *, failure: str, stop: threading.Event) -> str | None:
-    """None when the server answers again, or `stop` is set; otherwise why it does not."""
-    _log.warning("%s: restarting the server", failure)
-    began = time.monotonic()
-    run.process.kill()  # with a stub dead there is nothing to drain: each request to it fails, after a second
-    remove_regions(run.site.server_id)
-    try:
-        run.process, _ = launch(run.site, stop)
-    except Fault as fault:
-        stop.wait(_PAUSE_AFTER_FAILURE_S)
-        return str(fault)
-    if not stop.is_set():
-        _log.info("the server answers again after %.1f s", time.monotonic() - began)
-    return None
 
 
 def _require_model(options: ServerOptions) -> None:

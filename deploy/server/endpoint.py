@@ -10,12 +10,19 @@ HOST = "127.0.0.1"
 class ServerOptions:
     """A port left at None is a free one, a state file left at None is `tritonserver.json` in the log folder.
 
+    `others` are models of the repository that are served beside `model`. gRPC listens at `host`, an IP address that
+    has to be a loopback one unless `public`; HTTP and metrics stay on the loopback interface. `tls` is a folder with
+    `tls.crt` and `tls.key`; with a `ca.crt` in it gRPC clients need a certificate of that authority.
     `max_restarts` deaths within `restart_window_s` are borne, one more is not.
     """
 
     repository: Path
     model: str
     log_dir: Path
+    others: tuple[str, ...] = ()
+    host: str = HOST
+    public: bool = False
+    tls: Path | None = None
     state: Path | None = None
     grpc_port: int | None = None
     http_port: int | None = None
@@ -38,4 +45,12 @@ class Endpoint:
     metrics_port: int
     pid: int
     supervisor_pid: int
+    tls: bool
     log: Path
+    key_file: Path  # of model control; its owner alone can read it
+
+    @property
+    def url(self) -> str:
+        """The gRPC address as seen from this machine."""
+        host = {"0.0.0.0": HOST, "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]:{self.grpc_port}" if ":" in host else f"{host}:{self.grpc_port}"

@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,23 @@ from etl.faults import Fault
 
 _log = logging.getLogger(__name__)
 _STATE = TypeAdapter(Endpoint)
+KEY_FILE = "admin.key"
 
 
 @dataclass(frozen=True)
 class LogFolder:
     log: Path
     state: Path
+
+    @property
+    def key(self) -> Path:
+        return self.log.with_name(KEY_FILE)
+
+    def write_key(self, key: str) -> None:
+        """The key of model control, for this user alone."""
+        self.key.unlink(missing_ok=True)
+        with os.fdopen(os.open(self.key, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(key)
 
     def write_state(self, endpoint: Endpoint) -> None:
         self.state.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +49,7 @@ class LogFolder:
 
 
 def log_folder(options: ServerOptions) -> LogFolder:
+    """Where the server's files are, by default in `log_dir`."""
     return LogFolder(
         log=options.log_dir / "tritonserver.log", state=options.state or options.log_dir / "tritonserver.json"
     )
@@ -63,6 +76,7 @@ def claimed(folder: LogFolder, orphan_timeout_s: float) -> Iterator[LogFolder]:
             yield folder
         finally:
             folder.state.unlink(missing_ok=True)
+            folder.key.unlink(missing_ok=True)
 
 
 def _open_log(log: Path) -> BinaryIO:

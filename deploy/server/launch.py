@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from deploy.server.command import server_command, server_environment
-from deploy.server.endpoint import HOST, Endpoint, ServerOptions
+from deploy.server.endpoint import Endpoint, ServerOptions
 from deploy.server.folder import LogFolder
 from deploy.server.log import read_since, reasons, size_bytes
 from deploy.server.ports import Ports
@@ -56,7 +56,6 @@ def launch(site: Site, stop: threading.Event) -> tuple[ServerProcess, Endpoint]:
         if failure := _await_ready(process, endpoint=endpoint, timeout_s=site.options.ready_timeout_s, stop=stop):
             raise _startup_fault(site, failure=failure, log_text=read_since(log, offset))
         if not stop.is_set():
-            process.note_stubs()
             site.folder.write_state(endpoint)
     except BaseException:
         process.kill()
@@ -68,13 +67,15 @@ def _endpoint(site: Site, pid: int) -> Endpoint:
     return Endpoint(
         server_id=site.server_id,
         model=site.options.model,
-        host=HOST,
+        host=site.options.host,
         grpc_port=site.ports.grpc,
         http_port=site.ports.http,
         metrics_port=site.ports.metrics,
         pid=pid,
         supervisor_pid=os.getpid(),
+        tls=site.options.tls is not None,
         log=site.folder.log.absolute(),
+        key_file=site.folder.key.absolute(),
     )
 
 

@@ -23,7 +23,6 @@ class ServerProcess:
 
     def __init__(self, popen: "subprocess.Popen[bytes]") -> None:
         self._popen = popen
-        self._stubs: list[psutil.Process] = []
         self._ended = False  # the group's number may then be given to others
 
     @classmethod
@@ -50,17 +49,10 @@ class ServerProcess:
     def pid(self) -> int:
         return self._popen.pid
 
-    def note_stubs(self) -> None:
-        """From here on the death of a stub that lives now is a death of the server."""
-        with suppress(psutil.NoSuchProcess):
-            self._stubs = psutil.Process(self.pid).children()
-
     def death(self) -> str | None:
-        """What has died, or None. Triton neither restarts a dead stub nor calls its model unready."""
-        if (exit_code := self._popen.poll()) is not None:
-            return f"tritonserver {self.pid} ended with {exit_code}"
-        dead = [stub.pid for stub in self._stubs if not _lives(stub)]
-        return f"Python stub {dead[0]} died" if dead else None
+        """How tritonserver ended, or None."""
+        exit_code = self._popen.poll()
+        return None if exit_code is None else f"tritonserver {self.pid} ended with {exit_code}"
 
     def stop(self, timeout_s: float) -> int:
         """SIGTERM, then SIGKILL for what lives after `timeout_s`. Returns the exit code, 0 where all went well."""
@@ -111,14 +103,15 @@ def _members(group: int) -> list[psutil.Process]:
 
 def _await_end(processes: list[psutil.Process], timeout_s: float) -> bool:
     end = time.monotonic() + timeout_s
-    while any(_lives(process) for process in processes):
+    while any(lives(process) for process in processes):
         if time.monotonic() > end:
             return False
         time.sleep(_POLL_S)
     return True
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie does not."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""Fits target and count encodings on the staged training rows: rows, and ones among them, by value."""
+"""Fits target and count encodings on the typed training rows: rows, and ones among them, by value."""
 
 from collections.abc import Sequence
 
@@ -67,8 +67,8 @@ def fold(position: pl.Expr, *, seed: int, folds: int) -> pl.Expr:
 
 def _by_fold(feature: Target, task: Task, *, fitting: Fitting) -> pl.DataFrame:
     """value:<column>..., fold, rows, ones of the present training rows, in a fixed order."""
-    staged = pl.scan_parquet(fitting.train, row_index_name=_POSITION)
-    counted = staged.filter(pl.col(f"label:{task.given}") == 1) if task.given else staged
+    typed = fitting.train.rows.with_row_index(_POSITION)
+    counted = typed.filter(pl.col(f"label:{task.given}") == 1) if task.given else typed
     own = fold(pl.col(_POSITION), seed=feature.seed, folds=feature.folds)
     rows = counted.select(_values(feature.by), fold=own, one=pl.col(f"label:{task.name}").cast(pl.Int64))
     keys = [f"value:{column}" for column in feature.by]

@@ -6,20 +6,21 @@ from pathlib import Path
 import polars as pl
 
 from etl.extend import Parent
+from etl.typed import Columns
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """The staged training rows of a dataset folder that is being made, and the folder that it extends, if it does."""
+    """The typed training rows of a dataset folder that is being made, and the folder that it extends, if it does."""
 
     folder: Path
-    train: Path
+    train: Columns
     parent: Parent | None
 
     @property
     def new(self) -> pl.LazyFrame:
         """The training rows that count: all of them, or none where the parent holds the same ones."""
-        rows = pl.scan_parquet(self.train)
+        rows = self.train.rows
         return rows if self.parent is None or self.parent.new_rows else rows.head(0)
 
     def of_parent(self, file: str, otherwise: pl.DataFrame) -> pl.DataFrame:

@@ -10,12 +10,13 @@ from etl.engines.vocabulary import Looked, fit_table
 from etl.extend import Parent
 from etl.schema import IdFeature, Table
 from etl.spec import Bag, Count, Cross, FeatureSpec, Numeric, Sequence, Target, column_of, resolve, table_of
+from etl.typed import Columns
 
 
 def fit(
-    spec: FeatureSpec, train: Path, *, transform: Path, parent: Parent | None = None
+    spec: FeatureSpec, train: Columns, *, transform: Path, parent: Parent | None = None
 ) -> tuple[Json, list[IdFeature], list[Table]]:
-    """Fits on the staged training rows; writes vocabularies and encodings into `transform`, the rest is JSON values.
+    """Fits on the typed training rows; writes vocabularies and encodings into `transform`, the rest is JSON values.
 
     With a parent its rows count as well, and every row of its tables stays where it is.
 

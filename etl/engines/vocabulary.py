@@ -1,4 +1,4 @@
-"""Fits vocabularies on the staged training rows, one narrow query a table; an extension keeps every row of the old one.
+"""Fits vocabularies on the typed training rows, one narrow query a table; an extension keeps every row of the old one.
 
 The values that `min_count` or `max_rows` rejects are kept with their counts in `counts/`, outside of the transform that
 is served, so that the counts of several days add up.

@@ -4,8 +4,9 @@ The tables stay FBGEMM's, with their lookup and their place in the plan and in c
 gradient is ours: duplicates are added up, then `recsys.optim.update` moves the rows that the step touched (or all).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from recsys.experiment import Embedding
-from recsys.layout import Layout
 from recsys.optim import OptimizerSettings, scaled, start_states, state_count, update
 
 
@@ -56,16 +56,19 @@ def l2_of(embedding: Embedding, *, vector: int, width: int) -> Tensor | None:
 class RowOptimizer:
     """Moves the rows of all tables that this rank holds. `step` counts from 1 and is set before each backward pass."""
 
-    def __init__(self, embedding: Embedding, *, layout: Layout) -> None:
-        self._embedding, self._layout = embedding, layout
+    def __init__(self, embedding: Embedding) -> None:
+        self._embedding = embedding
         self.groups: list[RowGroup] = []
         self.step = 0
         self.rate = 1.0
 
-    def attach(self, tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
-        """Takes over the backward pass of these tables; their weights have to be initialised by now."""
-        widths = sorted({dim for _, dim, _, _ in tables.embedding_specs})
-        groups = [RowGroup(tables, width, embedding=self._embedding, vector=self._vector(width)) for width in widths]
+    def attach(self, tables: SplitTableBatchedEmbeddingBagsCodegen, vectors: Sequence[int]) -> None:
+        """Takes over the backward pass of these tables; their weights have to be initialised by now.
+
+        `vectors` says how many columns of each table, or of its shard, are a vector.
+        """
+        alike = groupby(range(len(vectors)), key=lambda at: (tables.embedding_specs[at][1], vectors[at]))
+        groups = [RowGroup(tables, list(own), embedding=self._embedding, vector=kind[1]) for kind, own in alike]
         self.groups += groups
         lookup = tables.forward
 
@@ -79,7 +82,7 @@ class RowOptimizer:
 
             with torch.no_grad():
                 rows_BD = lookup(indices, offsets, *rest, **named)
-            return torch.as_tensor(_Lookup.apply(tables.placeholder_autograd_tensor, rows_BD, backward))  # type: ignore[no-untyped-call]
+            return torch.as_tensor(Lookup.apply(tables.placeholder_autograd_tensor, rows_BD, backward))  # type: ignore[no-untyped-call]
 
         tables.forward = forward
 
@@ -93,12 +96,8 @@ class RowOptimizer:
                 return group.second_RW.view(-1)[begin : begin + first.numel()].view(first.shape)
         raise RuntimeError("an optimizer state belongs to no table of this rank")
 
-    def _vector(self, width: int) -> int:
-        """Columns of the vector: rows of another width than those with one hold a first-order weight alone."""
-        return self._layout.sizes.dim if self._layout.vectors and width == self._layout.width else 0
 
-
-class _Lookup(Function):
+class Lookup(Function):
     """Hands the gradient of looked up rows to a function that moves the rows."""
 
     @staticmethod
@@ -113,22 +112,25 @@ class _Lookup(Function):
 
 
 class RowGroup:
-    """The tables of one row width in an FBGEMM module, as one matrix [R, W], with states of the same shape."""
+    """Neighbouring tables of one row width in an FBGEMM module, as a matrix [R, W], with states of the same shape."""
 
     def __init__(
-        self, tables: SplitTableBatchedEmbeddingBagsCodegen, width: int, *, embedding: Embedding, vector: int
+        self, tables: SplitTableBatchedEmbeddingBagsCodegen, own: list[int], *, embedding: Embedding, vector: int
     ) -> None:
+        width = tables.embedding_specs[own[0]][1]
         self.parts = parts_of(embedding, vector=vector, width=width)
         l2_W = l2_of(embedding, vector=vector, width=width)
         self._whole_l2 = l2_W is not None and embedding.l2_scope == "table"
         self._every = self._whole_l2 or embedding.update == "all"
-        own = [at for at, spec in enumerate(tables.embedding_specs) if spec[1] == width]
         offsets = {at: int(tables.weights_physical_offsets[at]) for at in own}
         begin, end = min(offsets.values()), max(offsets[at] + tables.embedding_specs[at][0] * width for at in own)
         if end - begin != sum(tables.embedding_specs[at][0] for at in own) * width:
             raise RuntimeError(f"tables of width {width} do not lie side by side: {tables.embedding_specs}")
-        self.weights_RW = _memory(tables.weights_host, tables.weights_dev)[begin:end].view(-1, width)
-        first_RW = _memory(tables.momentum1_host, tables.momentum1_dev)[begin:end].view(-1, width)
+        self.weights_RW = _memory(tables.weights_host, tables.weights_dev, tables.weights_uvm)[begin:end].view(
+            -1, width
+        )
+        momentum = _memory(tables.momentum1_host, tables.momentum1_dev, tables.momentum1_uvm)
+        first_RW = momentum[begin:end].view(-1, width)
         self.l2_W = None if l2_W is None else l2_W.to(first_RW.device)
         two_states = max(state_count(embedding), state_count(embedding.linear or embedding)) > 1
         self.second_RW = torch.zeros_like(first_RW) if two_states else None
@@ -192,5 +194,6 @@ class RowGroup:
             yield part, self.weights_RW[which, columns], states
 
 
-def _memory(host: Tensor, device: Tensor) -> Tensor:
-    return (host if host.numel() else device).detach()
+def _memory(*places: Tensor) -> Tensor:
+    """The one of a module's memories that it uses."""
+    return next((place for place in places if place.numel()), places[0]).detach()

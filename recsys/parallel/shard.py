@@ -9,129 +9,183 @@ import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import Shard, ShardedTensor
+from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag
+from torchrec.distributed.embedding_types import ShardedEmbeddingTable
+from torchrec.distributed.planner.constants import BATCH_SIZE
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import Shard, ShardedTensor, ShardingPlan
 from torchrec.optim import RowWiseAdagrad, apply_optimizer_in_backward
 
+from etl.faults import Fault
 from recsys.experiment import Embedding
 from recsys.network import Network, init_rows
+from recsys.parallel.plan import too_large
+from recsys.parallel.replicated import ReplicatedRows
 from recsys.parallel.rows import RowOptimizer, needs_own_rows
+from recsys.parallel.sharders import Sharder, hardware_here, planner_of, resized, sharder_of, states_shown
 from recsys.parallel.world import World
 
 __all__ = ["Sharded", "shard"]
 
+_FILL_ROWS = 1 << 20  # drawn at once
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
     "sgd": torch.optim.SGD,
 }
-# Data parallel is left out: its tables would not get the fused optimizer.
-_SHARDINGS = {"auto": ["table_wise", "row_wise"], "table_wise": ["table_wise"], "row_wise": ["row_wise"]}
-
-
-class _Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """torchrec offers row-wise sharding on CUDA alone, though its CPU kernels have it."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return [*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value]
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """The network over all ranks; `rows` moves its tables where FBGEMM's fused optimizers do not."""
+    """The network over all ranks; `rows` moves its tables where FBGEMM's fused optimizers do not, `replicated` those
+    that each rank has a copy of."""
 
     model: DistributedModelParallel
     rows: RowOptimizer | None
+    replicated: tuple[ReplicatedRows, ...] = ()
 
     def begin_step(self, step: int) -> None:
         """Says which step comes, counted from 1."""
-        if self.rows:
-            self.rows.step = step
+        for own in self._own():
+            own.step = step
 
     def set_rows(self, tables: Mapping[str, Tensor]) -> None:
         """Overwrites this rank's rows of the tables [R, W] with given ones; optimizers begin anew from them."""
         for name, part in _own_shards(self.model, tables):
             (first, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
             part.tensor.detach().copy_(tables[name][first : first + rows, column : column + columns])
-        for group in self.rows.groups if self.rows else ():
+        for group in (*(self.rows.groups if self.rows else ()), *self.replicated):
             group.start()
 
     def scale_rate(self, factor: float) -> None:
         """Sets the tables' learning rates to `factor` times those of the experiment."""
-        if self.rows:
-            self.rows.rate = factor
+        for own in self._own():
+            own.rate = factor
         for group in self.model.fused_optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * factor
         self.model.fused_optimizer.step()  # hands the rate on: the update itself is in the backward pass
 
+    def replicated_states(self, which: int) -> dict[str, Tensor]:
+        """The first (0) or second (1) optimizer state of each data_parallel table that has it, of the shape that a
+        sharded table's has."""
+        copies = (copy for own in self.replicated for copy in own.copies if len(copy.states) > which)
+        return {copy.name: state if (state := copy.states[which]).shape[1] > 1 else state[:, 0] for copy in copies}
 
-def shard(network: Network, embedding: Embedding, *, world: World, seed: int) -> Sharded:
-    """The network over all ranks: tables sharded, with their optimizer in the backward pass, and rows initialised."""
-    tables, own = network.tables, needs_own_rows(embedding)
+    def _own(self) -> tuple[RowOptimizer | ReplicatedRows, ...]:
+        return (*((self.rows,) if self.rows else ()), *self.replicated)
+
+
+def shard(network: Network, embedding: Embedding, *, world: World, seed: int, batch_size: int = BATCH_SIZE) -> Sharded:
+    """The network over all ranks: tables sharded, with their optimizer in the backward pass, and rows initialised.
+
+    `batch_size`, of one rank, helps the planner to weigh memory and communication.
+
+    Raises:
+        Fault: the tables do not fit; on every rank, so that none is left waiting.
+    """
+    network.tables = tables = resized(network.tables, embedding)
+    sharder = sharder_of(embedding, world.device.type)
+    plan = _agreed_plan(network, embedding, sharder=sharder, world=world, batch_size=batch_size)
+    own = needs_own_rows(embedding)
     settings: dict[str, float] = {"lr": embedding.learning_rate}
     if own or embedding.optimizer != "sgd":
         settings["eps"] = embedding.eps
     kind = "adagrad" if own else embedding.optimizer  # one state a weight, for whatever optimizer moves it
     apply_optimizer_in_backward(_OPTIMIZERS[kind], tables.parameters(), settings)
-    sharder = _Sharder()
-    constraints = {
-        config.name: ParameterConstraints(
-            sharding_types=_SHARDINGS[embedding.sharding], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
-        )
-        for config in tables.embedding_bag_configs()
-    }
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=world.size, compute_device=world.device.type),
-        constraints=constraints,
-        storage_reservation=FixedPercentageStorageReservation(0.15),
-    )
-    plan = planner.collective_plan(network, [sharder], dist.GroupMember.WORLD)
     network.head.to(world.device)
     network.columns = network.columns.to(world.device)
-    model = DistributedModelParallel(network, device=world.device, plan=plan, sharders=[sharder])
-    _fill(model, network, std=embedding.init_std, seed=seed)
-    fused = list(_fused_modules(model))
-    if not own:
-        _start_accumulators(fused, embedding)
-        return Sharded(model, None)
-    rows = RowOptimizer(embedding, layout=network.layout)
-    for module in fused:
-        rows.attach(module)
-    return Sharded(model, rows)
+    alone = world.size == 1  # nobody to average gradients with
+    model = DistributedModelParallel(
+        network, device=world.device, plan=plan, sharders=[sharder], init_data_parallel=not alone
+    )
+    vectors = _vectors(network)
+    _fill(model, vectors, std=embedding.init_std, seed=seed)
+    return _with_optimizers(model, embedding, vectors=vectors)
 
 
-def _fused_modules(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """FBGEMM's modules, which torchrec keeps in lists that `modules()` does not see."""
+def _agreed_plan(
+    network: Network, embedding: Embedding, *, sharder: Sharder, world: World, batch_size: int
+) -> ShardingPlan:
+    """Rank 0's plan, or its fault, on all ranks."""
+    found: list[Any] = [None]
+    if world.rank == 0:
+        tables, hardware = network.tables, hardware_here(world)
+        try:
+            planner = planner_of(tables, embedding, hardware=hardware, batch_size=batch_size)
+            with states_shown(tables, embedding):
+                found = [planner.plan(network, [sharder])]
+        except PlannerError:
+            fault = too_large(tables.embedding_bag_configs(), embedding, hardware=hardware)
+            found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
+        except Fault as fault:
+            found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
+    dist.broadcast_object_list(found, device=world.device)
+    if isinstance(found[0], tuple):
+        place, got, wanted, remedy = found[0]
+        raise Fault(place, got=got, wanted=wanted, remedy=remedy)
+    return found[0]
+
+
+def _with_optimizers(model: DistributedModelParallel, embedding: Embedding, *, vectors: dict[str, int]) -> Sharded:
+    """Attaches what moves rows beside FBGEMM's fused optimizers, to tables that are filled by now."""
+    rows = RowOptimizer(embedding) if needs_own_rows(embedding) else None
+    replicated = []
+    for kernel in _kernels(model):
+        shards = kernel.config.embedding_tables
+        if isinstance(kernel, BatchedDenseEmbeddingBag):
+            replicated.append(ReplicatedRows(kernel, vectors, embedding=embedding))
+        elif rows:
+            rows.attach(kernel.emb_module, [_vector_of(table, vectors[table.name]) for table in shards])
+        else:
+            _start_accumulators(kernel.emb_module, embedding)
+    return Sharded(model, rows, tuple(replicated))
+
+
+def _kernels(model: nn.Module) -> Iterator[Any]:
+    """torchrec's wrappers of FBGEMM's modules, which lie in lists that `modules()` does not see."""
     for module in model.modules():
         for lookup in getattr(module, "_lookups", []):
-            for kernel in getattr(lookup, "_emb_modules", []):
-                yield kernel.emb_module
+            yield from getattr(lookup, "_emb_modules", [])
 
 
-def _start_accumulators(fused: list[SplitTableBatchedEmbeddingBagsCodegen], embedding: Embedding) -> None:
+def _vector_of(table: ShardedEmbeddingTable, vector: int) -> int:
+    """How many columns of a shard are a vector, of those of the whole row."""
+    first = table.local_metadata.shard_offsets[1] if table.local_metadata else 0
+    return int(max(0, min(vector - first, table.local_cols)))
+
+
+def _start_accumulators(fused: SplitTableBatchedEmbeddingBagsCodegen, embedding: Embedding) -> None:
     """Adagrad's sums of squares begin at `accumulator_start`."""
     if embedding.accumulator_start and embedding.optimizer != "sgd":
-        for module in fused:
-            for states in module.split_optimizer_states():
-                states[0].fill_(embedding.accumulator_start)
+        for states in fused.split_optimizer_states():
+            states[0].fill_(embedding.accumulator_start)
 
 
-def _fill(model: nn.Module, network: Network, *, std: float, seed: int) -> None:
+def _vectors(network: Network) -> dict[str, int]:
+    """How many columns of each table's rows are a vector; the others are a first-order weight."""
     layout = network.layout
-    vectors = {table: layout.sizes.dim if at < layout.vectors else 0 for at, (_, table) in enumerate(layout.slots)}
+    return {table: layout.sizes.dim if at < layout.vectors else 0 for at, (_, table) in enumerate(layout.slots)}
+
+
+def _fill(model: nn.Module, vectors: Mapping[str, int], *, std: float, seed: int) -> None:
     for table, part in _own_shards(model, vectors):
-        first_row, vector = part.metadata.shard_offsets[0], vectors[table]
-        init_rows(part.tensor.detach(), table=table, first_row=first_row, vector=vector, std=std, seed=seed)
+        (first_row, column), (rows, width) = part.metadata.shard_offsets, part.metadata.shard_sizes
+        own, vector = part.tensor.detach(), vectors[table]
+        for low in range(0, rows, _FILL_ROWS):
+            block = own[low : low + _FILL_ROWS]
+            drawn = block.new_empty(len(block), max(column + width, vector), dtype=torch.float32)
+            init_rows(drawn, table=table, first_row=first_row + low, vector=vector, std=std, seed=seed)
+            block.copy_(drawn[:, column : column + width])
 
 
 def _own_shards(model: nn.Module, tables: Iterable[str]) -> Iterator[tuple[str, Shard]]:
     """What this rank holds of each table's weights."""
     state: dict[str, Any] = model.state_dict()
     for table in tables:
-        weight: ShardedTensor = state[f"tables.embedding_bags.{table}.weight"]
+        weight: ShardedTensor | Tensor = state[f"tables.embedding_bags.{table}.weight"]
+        if not isinstance(weight, ShardedTensor):
+            yield table, Shard.from_tensor_and_offsets(weight, [0, 0], dist.get_rank())
+            continue
         for part in weight.local_shards():
             yield table, part

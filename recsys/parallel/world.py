@@ -2,16 +2,23 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
+from etl.faults import Fault, Faults
+from recsys.parallel.alive import Alive, own_name
+
+DEAD_AFTER_S = 60.0
 _TIMEOUT = timedelta(minutes=10)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,20 +31,50 @@ class World:
 
 
 @contextlib.contextmanager
-def open_world(device: str) -> Iterator[World]:
+def open_world(device: str, *, dead_after_s: float = DEAD_AFTER_S) -> Iterator[World]:
     """Joins the processes that torchrun started, or stands alone.
 
-    The process group ends with the block also at an error: left open, gloo aborts the process at exit.
+    A rank that was not heard of for `dead_after_s` ends the others; a live one that stays out of a collective does so
+    after 10 minutes. The process group ends with the block also at an error: left open, gloo aborts the process.
+
+    Raises:
+        Fault: another rank ended; it is named, with its host.
     """
     backend = "nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+    world = World(dist.get_rank(), dist.get_world_size(), _own_device(device))
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), _own_device(device))
+        with _watched(world, dead_after_s=dead_after_s) if world.size > 1 else contextlib.nullcontext():
+            yield world
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _watched(world: World, *, dead_after_s: float) -> Iterator[None]:
+    """Tells the other ranks of an error in the block; turns a broken connection into the name of who broke it."""
+    run = from_first(uuid.uuid4().hex)
+    names = from_all(own_name(world.rank))
+    alive = Alive(world.rank, names=names, run=run, dead_after_s=dead_after_s)
+    try:
+        yield
+    except (Fault, Faults) as fault:
+        alive.say_ended(f"{names[world.rank]} ended: {fault}")
+        raise
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
+            alive.say_ended(f"{names[world.rank]} ended: {error}")
+            raise
+        got, remedy = (
+            alive.who_ended(),
+            "the same command goes on from the last checkpoint; torchrun has --max-restarts",
+        )
+        raise Fault(names[world.rank], got=got, wanted="all ranks to the end", remedy=remedy) from error
+    finally:
+        alive.stop()
 
 
 def _own_device(device: str) -> torch.device:
@@ -53,11 +90,52 @@ def barrier() -> None:
     dist.barrier()
 
 
+def background_group() -> dist.ProcessGroup:
+    """A second connection between all ranks, for a thread whose collectives must not mix with training's."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    return group
+
+
+def from_first(value: T, *, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's value, on every rank; every rank has to call."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]
+
+
+def from_all(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Each rank's value, on every rank; every rank has to call."""
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def mean_over_ranks(value: Tensor) -> float:
     """The mean of one number a rank; every rank has to call."""
     total = value.detach().clone()
     dist.all_reduce(total)
     return float(total) / dist.get_world_size()
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Gives every rank the mean of all ranks' running statistics; every rank has to call."""
+    _average(buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var")))
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """What DistributedDataParallel does in a backward pass, after several of them."""
+    _average(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+
+def _average(tensors: Iterable[Tensor]) -> None:
+    found = list(tensors)
+    if not found or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([tensor.detach().flatten() for tensor in found])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, part in zip(found, torch.split(flat, [tensor.numel() for tensor in found]), strict=True):
+        tensor.detach().copy_(part.view_as(tensor))
 
 
 def gather_steps(own_SBD: Tensor) -> Tensor:

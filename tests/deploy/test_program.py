@@ -10,7 +10,7 @@ import torch
 
 from deploy.export import served_network
 from deploy.program import Lookup, ServedNetwork, save_program
-from deploy.ranker import load_program
+from deploy.served_program import load_program
 from recsys.layout import Layout
 from recsys.models import MODELS
 from recsys.models.wide import WideConfig

@@ -9,11 +9,12 @@ import pytest
 import etl.pack
 import etl.transform
 from deploy.ranker import Ranker, Request, Scored, out_of_range
+from deploy.served_program import load_program
 
 
 @pytest.fixture(scope="module")
 def ranker(exported: Path) -> Ranker:
-    return Ranker(exported, etl.transform)
+    return Ranker(exported, etl.transform, program=load_program(exported))
 
 
 def request_of(rows: int, *, seed: int) -> Request:
@@ -36,12 +37,24 @@ def bad_number(value: float) -> Request:
     return request
 
 
+def filler() -> Request:
+    request = request_of(2, seed=9)
+    request.keys[1, 1] = etl.transform.NO_KEY
+    return request
+
+
 BAD = {
     "NaN": (bad_number(np.nan), "column 'price' holds nan at row 1"),
     "infinity": (bad_number(np.inf), "column 'price' holds inf at row 1"),
     "too large": (bad_number(1e300), "'price' leaves the range of float32 at row 1"),
-    "narrow": (Request(np.zeros((2, 2), np.int64), np.zeros((2, 2))), "wanted [B, 3] and [B, 2]"),
-    "uneven": (Request(np.zeros((2, 3), np.int64), np.zeros((1, 2))), "wanted [B, 3] and [B, 2]"),
+    "narrow": (
+        Request(np.zeros((2, 2), np.int64), np.zeros((2, 2))),
+        "wanted int64 [B, 3] with the columns site, city",
+    ),
+    "uneven": (Request(np.zeros((2, 3), np.int64), np.zeros((1, 2))), "'keys' has 2 rows, and input 'numbers' 1"),
+    "of another type": (Request(np.zeros((2, 3), np.int32), np.zeros((2, 2))), "input 'keys' is int32"),
+    "empty": (Request(np.zeros((0, 3), np.int64), np.zeros((0, 2))), "have no rows"),
+    "a filler": (filler(), "column 'city' holds -9223372036854775807 at row 1"),
 }
 
 
@@ -86,7 +99,7 @@ def test_an_id_beyond_its_table_is_a_fault_of_its_request(bundle: Path) -> None:
     for table in schema["tables"]:
         table["rows"] = 2 if table["name"] == "item" else table["rows"]
     (bundle / "schema.json").write_text(json.dumps(schema))
-    ranker = Ranker(bundle, etl.transform)
+    ranker = Ranker(bundle, etl.transform, program=load_program(bundle))
     unseen, seen = request_of(1, seed=5), request_of(1, seed=6)
     unseen.keys[0, 2], seen.keys[0, 2] = -1, 7
     sound, fault = ranker.score([unseen, seen])
@@ -97,3 +110,15 @@ def test_an_id_beyond_its_table_is_a_fault_of_its_request(bundle: Path) -> None:
 
 def test_weights_lie_in_the_mapped_file(ranker: Ranker, exported: Path) -> None:
     assert str(exported / "weights.safetensors") in Path("/proc/self/maps").read_text()
+
+
+def test_a_number_next_to_the_lowest_is_missing_and_minus_infinity_is_not(ranker: Ranker) -> None:
+    requests = [request_of(2, seed=4) for _ in range(3)]
+    for request, value in zip(requests, (etl.transform.MISSING_NUMBER, -1.795e308, -np.inf), strict=True):
+        request.numbers[:, 0] = value
+    exact, near, infinite = ranker.score(requests)
+    assert isinstance(exact, Scored)
+    assert isinstance(near, Scored)
+    np.testing.assert_array_equal(exact.ids, near.ids)
+    np.testing.assert_array_equal(exact.floats, near.floats)
+    assert "column 'age' holds -inf" in str(infinite)

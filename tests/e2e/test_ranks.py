@@ -18,13 +18,14 @@ from torchrec.distributed.types import ShardedTensor
 from etl.schema import Schema, Table
 from recsys.data import Batch
 from recsys.experiment import Embedding, Train
+from recsys.learner import dense_optimizer
+from recsys.loss import mean_loss
 from recsys.models import MODELS
 from recsys.models.head import ModelConfig
 from recsys.parallel.shard import shard
 from recsys.parallel.state import restore, save
 from recsys.parallel.world import World, mean_over_ranks, open_world
 from recsys.progress import quiet_libraries
-from recsys.train import dense_optimizer, mean_loss
 from tests.recsys.conftest import RAW, write_dataset
 from tests.registry import config_of, id_feature, network_of, random_rows, rich_schema, schema_of
 

@@ -81,7 +81,7 @@ def write(folder: Path, *, first: int) -> None:
     pq.write_table(pa.table(rows), folder / "rows.parquet", row_group_size=7)
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 

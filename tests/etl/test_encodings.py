@@ -28,6 +28,7 @@ from etl.pack import pack
 from etl.run import run
 from etl.spec import FeatureSpec, Target
 from etl.transform import mix
+from etl.typed import Columns
 
 BIG = 2**62 + 1
 TARGET: dict[str, Any] = {
@@ -76,7 +77,7 @@ def dataset(folder: Path, train: Sequence[Row], other: Sequence[Row], **etl: int
     return {split: pq.read_table(folder / "data" / split).to_pydict() for split in ("train", "test")}
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 
@@ -167,7 +168,8 @@ def test_folds_count_positions_in_the_file_where_whole_row_groups_do_not_count(t
     pq.write_table(pa.table(rows | {"label:buy": buy}), tmp_path / "raw/train.parquet", row_group_size=500)
     feature = Target.model_validate({"type": "target", "name": "t", "by": ["user"], "task": "buy"})
     tasks = parse(SPEC, place="x", into=FeatureSpec).tasks
-    fit_encoding(feature, tasks, fitting=Fitting(tmp_path, train=tmp_path / "raw/train.parquet", parent=None))
+    train = Columns.staged(tmp_path / "raw/train.parquet")
+    fit_encoding(feature, tasks, fitting=Fitting(tmp_path, train=train, parent=None))
     found = pq.read_table(tmp_path / "raw/folds/t.parquet").to_pydict()
     folds = fold_of(np.arange(5000), seed=0, folds=5)
     wanted = np.bincount(folds[click == 1], minlength=5)

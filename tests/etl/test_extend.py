@@ -60,7 +60,7 @@ def spec(*train: str, **changes: Any) -> FeatureSpec:
     return parse(SPEC | {"data": {"format": "parquet"} | files} | changes, place="x.toml", into=FeatureSpec)
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 
@@ -171,6 +171,67 @@ def test_a_folder_is_extended_in_its_place(folder: Path) -> None:
     assert not up_to_date(new, Path("one"), parent=read_parent(new, Path("one"), refit_numbers=True))
     assert vocabulary("one", "item")["value"][: len(before["value"])] == before["value"]
     assert json.loads(Path("one/manifest.json").read_text())["extended"]["tables"]["item"] == {"from": 3, "to": 6}
+
+
+def log(day: int, file: str) -> None:
+    """Events of a day with an item of its own, a later time a row."""
+    rng = np.random.default_rng(day)
+    items = [f"i{at}" for at in rng.integers(0, 12, 80)] + [f"new{day}"] * 4
+    columns = {"item": items, "user": [f"u{at}" for at in rng.integers(0, 9, 84)], "click": rng.integers(0, 2, 84)}
+    pq.write_table(pa.table(columns | {"time": 100 * day + rng.permutation(84)}), file)
+
+
+def of_log(file: str, **split: Any) -> FeatureSpec:
+    data = {"format": "parquet", "train": [file], "negatives": {"item": "item", "user": "user", "positive": "click"}}
+    data["split"] = {"by": "time", "column": "time", "valid_fraction": 0.2, "test_fraction": 0.1} | split
+    features = [{"type": "categorical", "name": "item", "min_count": 2}, {"type": "categorical", "name": "user"}]
+    raw = {
+        "data": data,
+        "tasks": [{"name": "click"}],
+        "features": [*features, {"type": "count", "name": "n", "by": ["item"]}],
+    }
+    return parse(raw, place="x.toml", into=FeatureSpec)
+
+
+def test_days_with_negatives_and_a_split_by_time(folder: Path) -> None:
+    """A day's own splits and draws, on the tables of both days: counts are those of each day alone, added up."""
+    for day in (1, 2):
+        log(day, f"log{day}.parquet")
+        run(of_log(f"log{day}.parquet"), Path(f"alone{day}"), report=silent)
+    second = of_log("log2.parquet")
+    manifest = extend("alone1", "two", second)
+    days = [
+        {value: count for part in ("transform/vocabulary", "counts") for value, count in counted(f"alone{day}/{part}")}
+        for day in (1, 2)
+    ]
+    total = Counter(days[0]) + Counter(days[1])
+    one, two = vocabulary("alone1", "item"), vocabulary("two", "item")
+    assert two["value"][: len(one["value"])] == one["value"] and "new2" not in one["value"]
+    assert dict(zip(two["value"], two["count"], strict=True)) == {value: n for value, n in total.items() if n > 1}
+    assert sum(total.values()) == sum(splits["train"]["rows"] for splits in (manifest["splits"], made("alone1")))
+    alone = vocabulary("alone2", "item")
+    for split in ("train", "valid", "test"):
+        rows = {name: pq.read_table(f"{name}/{split}") for name in ("two", "alone2")}
+        assert rows["two"]["click"] == rows["alone2"]["click"] and rows["two"].num_rows
+        values = {name: [None, *vocabulary(name, "item")["value"]] for name in rows}
+        for new, old in zip(rows["two"]["item"].to_pylist(), rows["alone2"]["item"].to_pylist(), strict=True):
+            assert old == 0 or values["two"][new] == values["alone2"][old]
+        assert manifest["splits"][split]["label_rate"] == made("alone2")[split]["label_rate"]
+    assert set(alone["value"]) <= set(two["value"])
+    extend("two", "again", second)
+    assert fitted("again") == fitted("two")
+    with pytest.raises(Fault, match="whose rows it has counted, but not in this company or with this"):
+        read_parent(of_log("log2.parquet", valid_fraction=0.3), Path("two"), refit_numbers=False)
+
+
+def counted(folder: str) -> list[tuple[str, int]]:
+    table = pq.read_table(f"{folder}/item.parquet")
+    return list(zip(table["value"].to_pylist(), table["count"].to_pylist(), strict=True))
+
+
+def made(folder: str) -> dict[str, Any]:
+    splits: dict[str, Any] = json.loads(Path(folder, "manifest.json").read_text())["splits"]
+    return splits
 
 
 @pytest.mark.parametrize("train", [["day1.parquet", "day2.parquet"], ["day1.parquet"]])

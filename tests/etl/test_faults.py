@@ -97,7 +97,8 @@ CASES = [
     Case("an id above 2^63", rows(LABEL + "1", f"u,{2**63},1,a,1,0"), f"{FIRST}, column 'item'", str(2**63), "whole"),
     Case("infinity", rows(LABEL + "1", "u,2,inf,a,1,0"), f"{FIRST}, column 'price'", "infinity", "finite numbers"),
     Case("a reserved id", rows(LABEL + "1", f"u,{-(2**63)},1,a,1,0"), f"{FIRST}, column 'item'", "stands for", "whole"),
-    Case("a list that is too long", rows(LABEL + "1", "u,2,1,a|b|c,1,0"), "train rows", "holds 3 values", "columns"),
+    Case("a list that is too long", rows(LABEL + "1", "u,2,1,a|b|c,1,0"), f"{FIRST}, column 'tags'",
+         "3 values in row 2", "at most 2"),
     Case("a label that is neither", rows(LABEL + "1", LABEL + "2"), f"{FIRST}, column 'click'", "'2' as label", "0 or"),
     Case("no label", rows(LABEL + "1", LABEL), f"{FIRST}, column 'click'", "None as label 2", "0 or 1"),
     Case("labels of one class", rows(LABEL + "1", LABEL + "1"), "data.train", "only class 1", "both classes"),
@@ -107,8 +108,10 @@ CASES = [
     Case("a malformed libsvm line", text("1 1:1\n0 2\n", "train.svm"), "train.svm: line 2", "'2'", "label", SVM, IDS),
     Case("a libsvm line without label", text("1 1:1\n2:1\n", "train.svm"), "line 2", "'2:1' where", "label", SVM, IDS),
     Case("a column that libsvm lacks", text("1 1:1\n", "train.svm"), "column 'item'", "no such", "label, ids", SVM),
-    Case("weights of another length", parquet(values=[[1.0], []], ids=[[1], [2]]), "train rows", "different lengths",
-         "columns", ARROW, IDS),
+    Case("weights of another length", parquet(values=[[1.0], []], ids=[[1], [2]]), f"{PARQUET}, column 'values'",
+         "another number than of ids in row 2", "a finite weight an id", ARROW, IDS),
+    Case("a weight that is not finite", parquet(values=[[1.0], [float("nan")]], ids=[[1], [2]]),
+         f"{PARQUET}, column 'values'", "null, NaN or infinity", "a finite weight an id", ARROW, IDS),
     Case("a group of floats", parquet(), f"{PARQUET}, column 'price'", "double", "whole numbers or text",
          ARROW | {"group": "price"}),
     Case("no time in a row", rows(LABEL + "1", "u,1,1,a,,0"), f"{FIRST}, column 'time'", "no value in row 2", "times",
@@ -142,7 +145,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 

@@ -31,7 +31,7 @@ SPEC: dict[str, Any] = {
 }
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 

@@ -46,7 +46,7 @@ SPEC: dict[str, Any] = {
 }
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 
@@ -133,6 +133,69 @@ def test_rows_and_label_rates(data: Path, found: dict[str, Any]) -> None:
             first = slices[0]
             assert first["label_rate"][task] == pytest.approx(np.mean(labels[: first["rows"]]))
         assert slices[-1]["label_rate"]["click"] > slices[0]["label_rate"]["click"]
+
+
+def test_label_rates_by_file(data: Path, found: dict[str, Any]) -> None:
+    counted = found["label_rate_by_day"]
+    assert counted["by"] == "file"
+    for split, rows in SPLITS.items():
+        (part,) = counted["splits"][split]
+        assert part["name"] == str(data.parent / f"{split}.parquet") and part["rows"] == rows
+        assert part["label_rate"] == pytest.approx(found["splits"][split]["label_rate"])
+
+
+DAYS = ["2024-02-28T23:59:59", "2024-02-29T00:00:00", "2024-03-01T12:00:00", "1969-12-31T23:00:00"]
+
+
+@pytest.mark.parametrize(
+    ("times", "split", "by"),
+    [
+        (DAYS, {"by": "time", "column": "time", "valid_from": "2024-02-29", "test_from": "2024-03-01"}, "day"),
+        (DAYS, {"by": "last", "column": "user", "time": "time"}, "day"),
+        ([3, 2, 1, 0], {"by": "time", "column": "time", "valid_from": 1, "test_from": 2}, "file"),
+        (DAYS, {"valid_fraction": 0.3, "test_fraction": 0.3}, "file"),
+    ],
+)
+def test_label_rates_by_day(
+    times: list[Any], split: dict[str, Any], by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day is the split's own column of times; whole numbers say no day, so they count by file."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    seen: dict[str, list[int]] = {}
+    for file in ("a", "b"):
+        rows = [[at, f"u{rng.integers(9)}", int(rng.integers(2))] for at in rng.integers(0, 4, 100)]
+        lines = ["time,user,click", *(f"{times[at]},{user},{click}" for at, user, click in rows)]
+        Path(f"{file}.csv").write_text("\n".join(lines) + "\n")
+        for at, _, click in rows:
+            seen.setdefault(str(times[at])[:10] if by == "day" else f"{file}.csv", []).append(click)
+    features = [{"type": "categorical", "name": "user"}]
+    raw = {"data": {"train": ["a.csv", "b.csv"], "split": split}, "tasks": [{"name": "click"}], "features": features}
+    manifest = run(parse(raw, place="x", into=FeatureSpec), Path("d"), report=silent)
+    counted = inspect(Path("d"))["label_rate_by_day"]
+    assert counted["by"] == by
+    rows, ones = Counter[str](), Counter[str]()
+    for name, counts in manifest["splits"].items():
+        assert sum(part["rows"] for part in counts["label_parts"]["parts"]) == counts["rows"]
+        for part in counted["splits"][name]:
+            rows[part["name"]] += part["rows"]
+            ones[part["name"]] += round(part["rows"] * part["label_rate"]["click"])
+    assert rows == {name: len(clicks) for name, clicks in seen.items()}
+    assert ones == {name: sum(clicks) for name, clicks in seen.items()}
+    write_page(inspect(Path("d")), Path("p.html"))
+    assert all(name in Path("p.html").read_text() for name in rows)
+
+
+def test_a_folder_of_an_older_program_has_no_days(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "d")
+    manifest = json.loads((data / "manifest.json").read_text())
+    for split in manifest["splits"].values():
+        del split["label_parts"]
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
+    old = inspect(tmp_path / "d")
+    assert old["label_rate_by_day"] is None
+    write_page(old, tmp_path / "p.html")
+    assert "By raw file" not in (tmp_path / "p.html").read_text()
 
 
 def test_a_split_of_fewer_rows_than_parts(tmp_path: Path) -> None:
@@ -267,7 +330,7 @@ def test_the_page(found: dict[str, Any], tmp_path: Path) -> None:
     assert page.open == [] and page.tags["script"] == 0 and page.tags["b"] == text.count("<b class=")
     assert {"Labels", "Id features", "Dense features"} <= set(page.texts)
     assert HOSTILE in page.texts, "a value of the data stands there as a text"
-    assert page.tags["details"] == len(found["features"]) and page.tags["svg"] == 2 + len(found["dense"])
+    assert page.tags["details"] == 1 + len(found["features"]) and page.tags["svg"] == 4 + len(found["dense"])
     said = " ".join(page.texts)
     assert "strong shift" in said and "stable" in said and "not days" in said
     for split, rows in SPLITS.items():

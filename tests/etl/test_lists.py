@@ -52,7 +52,7 @@ def write(folder: Path, train: dict[str, Any], test: dict[str, Any]) -> None:
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 
@@ -99,9 +99,12 @@ def test_text_files_part_lists_by_a_separator(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tags": [["a"] * 4, [], []], "tag_weights": [[1.0] * 4, [], []]}, "holds 4 values at row 0, at most 3"),
-        ({"tags": [["a"], [], []]}, "'tags' and 'tag_weights' have lists of different lengths"),
-        ({"tag_weights": [[1.0, None], [], [1.0, 1.0]]}, "a null weight, at row 0"),
+        (
+            {"tags": [["a"] * 4, [], []], "tag_weights": [[1.0] * 4, [], []]},
+            r"train.parquet: rows 1 to 3, column 'tags': got 4 values in row 1 of these; wanted at most 3",
+        ),
+        ({"tags": [["a"], [], []]}, "column 'tag_weights': got another number than of ids in row 1"),
+        ({"tag_weights": [[1.0, None], [], [1.0, 1.0]]}, "column 'tag_weights': got null, NaN or infinity"),
         ({"history": [[1.5], [], []]}, "holds double, wanted int64"),
         ({"history": [1, 2, 3]}, "holds int64, wanted list<int64>"),
         ({"buy": [1, 1, 1]}, "1 rows with 'buy' 1 and 'click' 0"),

@@ -36,7 +36,7 @@ NEGATIVES = {"user": "user", "item": "item", "attributes": ["category"], "count"
 FILES = {"train": ["train.parquet"], "valid": ["valid.parquet"], "test": ["test.parquet"]}
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 

@@ -22,6 +22,7 @@ from etl.run import run
 from etl.section import expanded
 from etl.spec import FeatureSpec, Numeric, resolve
 from etl.transform import MISSING_KEY, MISSING_NUMBER, bucket_keys, scale
+from etl.typed import Columns
 
 finite = st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -0.0, 5e-324, 1.0, 1e300])
 columns = st.lists(st.none() | st.floats(-1e6, 1e6) | st.sampled_from([0.0, 7.0, math.nan]), min_size=1, max_size=60)
@@ -31,9 +32,9 @@ def feature(**settings: Any) -> Numeric:
     return Numeric.model_validate({"type": "numeric", "name": "x", "column": "x"} | settings)
 
 
-def staged(folder: Path, values: list[float | None], *, group: int = 1 << 20) -> Path:
+def staged(folder: Path, values: list[float | None], *, group: int = 1 << 20) -> Columns:
     pq.write_table(pa.table({"x": pa.array(values, pa.float64())}), folder / "train.parquet", row_group_size=group)
-    return folder / "train.parquet"
+    return Columns.staged(folder / "train.parquet")
 
 
 def present(values: list[float | None]) -> list[float]:
@@ -150,7 +151,7 @@ def test_nan_is_missing_in_every_kind_of_number(tmp_path: Path, monkeypatch: pyt
             {"type": "numeric", "name": "q", "column": "x", "as": "buckets", "quantiles": 2},
         ],
     }
-    run(parse(raw, place="x", into=FeatureSpec), Path("data"), report=lambda stage, rows: None)
+    run(parse(raw, place="x", into=FeatureSpec), Path("data"), report=lambda stage, rows, total=None: None)
     train = pq.read_table("data/train").to_pydict()
     assert train["d"] == [1.0, 2.0, 3.0, 2.0] and train["m"] == [0.0, 0.5, 1.0, 0.5]
     assert train["f:value"] == [1.0, 9.0, 3.0, 9.0]

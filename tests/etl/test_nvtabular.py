@@ -45,7 +45,7 @@ from etl.experiment_file import parse
 from etl.run import run
 from etl.spec import FeatureSpec
 
-def report(stage, rows):
+def report(stage, rows, *, total=None):
     if stage == {killed!r}:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -88,7 +88,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 
@@ -168,7 +168,7 @@ def test_the_folder_is_the_old_one_or_a_whole_new_one_whatever_dies(folder: Path
         assert (folder / "data/manifest.json").read_bytes() == before and not (folder / "new").exists()
     pids = iter(cluster.workers[0].process.pid for _ in range(1))
 
-    def kill_a_worker(stage: str, rows: int) -> None:
+    def kill_a_worker(stage: str, rows: int, *, total: int | None = None) -> None:
         if stage == "encode train" and (pid := next(pids, None)):
             os.kill(pid, signal.SIGKILL)
 
@@ -263,7 +263,8 @@ from etl.run import run
 from etl.spec import FeatureSpec
 raw = {spec_of(folder, engine="nvtabular").model_dump(mode="json", by_alias=True)!r}
 with exit_on_fault():
-    run(parse(raw, place="x", into=FeatureSpec), Path({str(folder / "data")!r}), report=lambda stage, rows: None)
+    spec = parse(raw, place="x", into=FeatureSpec)
+    run(spec, Path({str(folder / "data")!r}), report=lambda stage, rows, total=None: None)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

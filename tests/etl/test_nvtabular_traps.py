@@ -96,7 +96,7 @@ def write(folder: Path, train: dict[str, Any], test: dict[str, Any]) -> None:
 
 
 def make(features: list[dict[str, Any]], folder: Path, **sections: Any) -> Path:
-    run(spec_of(features, folder, **sections), folder / "data", report=lambda stage, rows: None)
+    run(spec_of(features, folder, **sections), folder / "data", report=lambda stage, rows, total=None: None)
     return folder / "data"
 
 

@@ -32,7 +32,7 @@ FFM: dict[str, Any] = {
 }
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 

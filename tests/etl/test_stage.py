@@ -38,7 +38,7 @@ TIMES = RNG.integers(0, 400, ROWS)
 USERS = [f"u{user}" if user else None for user in RNG.integers(0, 60, ROWS)]
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 
@@ -200,7 +200,7 @@ import resource, sys
 from pathlib import Path
 from etl.spec import FeatureSpec
 from etl.stage import stage
-stage(FeatureSpec.model_validate_json(sys.argv[1]), Path("raw"), report=lambda stage, rows: None)
+stage(FeatureSpec.model_validate_json(sys.argv[1]), Path("raw"), report=lambda stage, rows, total=None: None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -28,7 +28,7 @@ from etl.synth.write import synth
 ROWS, DAYS = 12_000, 3
 
 
-def silent(stage: str, rows: int) -> None:
+def silent(stage: str, rows: int, *, total: int | None = None) -> None:
     """Nobody watches."""
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +102,67 @@ def test_lists_values_conditions_and_groups_are_read(tmp_path: Path) -> None:
     assert batch.floats_BN.tolist() == [[0, 0, 0, 0], [1, 0.5, 2, 0]]
     assert batch.weights_BT.tolist() == [[1, 0], [1, 1]]
     assert batch.groups_BG.tolist() == [[2**62], [-1]]
+
+
+def write_files(folder: Path, sizes: list[int], *, group_rows: int) -> Split:
+    """Files of these sizes, their rows numbered through."""
+    first = 0
+    for at, size in enumerate(sizes):
+        rows = np.arange(first, first := first + size)
+        table = pa.table({"row": rows, "x": rows.astype(np.float32), "click": np.zeros(size, np.float32)})
+        pq.write_table(table, folder / f"part-{at:02}.parquet", row_group_size=group_rows)
+    return Split(folder, SCHEMA)
+
+
+@settings(max_examples=200)
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=7).filter(any),
+    group_rows=st.integers(1, 40),
+    batch_size=st.integers(1, 30),
+    ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    share=st.floats(0, 1),
+)
+def test_any_files_on_any_ranks_give_every_row_once_also_where_the_ranks_change(
+    sizes: list[int], group_rows: int, batch_size: int, ranks: tuple[int, int], share: float
+) -> None:
+    """Uneven and empty files, fewer files than ranks, ranks without rows. Equal steps on all ranks: none waits."""
+    with TemporaryDirectory() as folder:
+        split = write_files(Path(folder), sizes, group_rows=group_rows)
+        before = by_step(split, ranks=ranks[0], batch_size=batch_size, epoch=0, start=0)
+        taken = before[: round(share * len(before))]
+        start = sum(len(step) for step in taken)
+        rest = by_step(split, ranks=ranks[1], batch_size=batch_size, epoch=0, start=start) if start < sum(sizes) else []
+        in_order = list(chain(*real_ids(split.in_file_order(Slice(0, 1, batch_size)))))
+    assert Counter(chain(*before)) == Counter(range(sum(sizes)))
+    assert Counter(chain(*taken, *rest)) == Counter(range(sum(sizes)))
+    assert in_order == list(range(sum(sizes)))
+
+
+def test_a_row_is_found_again_by_its_number(tmp_path: Path) -> None:
+    split = write_files(tmp_path, [5, 0, 9], group_rows=2)
+    for batch in split.shuffled(Slice(1, 2, 3), seed=1, epoch=0, start=0):
+        for row, number in zip(
+            batch.ids_BS[:, 0].tolist(), [] if batch.numbers_B is None else batch.numbers_B.tolist(), strict=True
+        ):
+            file, within = (0, row) if row < 5 else (2, row - 5)
+            assert split.place(number) == f"{tmp_path}/part-{file:02}.parquet, row {within}"
+
+
+def test_a_batch_in_parts_is_the_same_rows(numbered: Split) -> None:
+    whole = next(iter(numbered.in_file_order(Slice(0, 1, 12))))
+    parts = whole.parts(3)
+    assert [part.ids_BS[:, 0].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert {part.global_rows for part in parts} == {whole.global_rows}
+
+
+@pytest.mark.parametrize("column", ["x", "click"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_no_number_is_named_with_its_row(tmp_path: Path, column: str, value: float) -> None:
+    columns = {"row": np.arange(4), "x": np.zeros(4, np.float32), "click": np.zeros(4, np.float32)}
+    columns[column][3] = value
+    pq.write_table(pa.table(columns), tmp_path / "part-0.parquet", row_group_size=2)
+    with pytest.raises(Fault, match=rf"part-0\.parquet, row 3: got {value} in column '{column}'"):
+        list(Split(tmp_path, SCHEMA).in_file_order(Slice(0, 1, 2)))
 
 
 def test_large_ids_stay_exact(tmp_path: Path) -> None:

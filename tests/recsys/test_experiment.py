@@ -47,3 +47,16 @@ def test_an_unknown_model_is_answered_with_the_known_ones(experiment: Callable[.
 def test_a_resolved_experiment_reads_back_equal(experiment: Callable[..., Experiment]) -> None:
     there = experiment()
     assert parse(json.loads(json.dumps(there.as_json())), place="experiment.json", into=Experiment) == there
+
+
+def test_the_users_columns_are_raw_columns_and_not_all(experiment: Callable[..., Experiment]) -> None:
+    assert experiment(serve={"user": ["user", "x"]}).serve.user == ["user", "x"]
+    with pytest.raises(Faults, match=r"serve\.user: no feature reads 'pair', the columns are user, item, x, y"):
+        experiment(serve={"user": ["pair"]})
+    with pytest.raises(Faults, match="candidates need one of their own"):
+        experiment(serve={"user": ["user", "item", "x", "y"]})
+    bag = {"type": "bag", "name": "tags", "max_length": 3, "weight_column": "share"}
+    features = [{"type": "categorical", "columns": ["C1", "C2", "item"]}, bag]
+    assert experiment(features=features, model=MODELS["deep"](), serve={"user": ["C1..C2", "tags", "share"]})
+    with pytest.raises(Faults, match="name both share and tags, or neither"):
+        experiment(features=features, model=MODELS["deep"](), serve={"user": ["tags"]})

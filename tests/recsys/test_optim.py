@@ -13,10 +13,10 @@ from torch import Tensor
 from torchrec.optim import RowWiseAdagrad
 
 from recsys.experiment import Train
+from recsys.learner import dense_optimizer
 from recsys.models.head import Sizes
 from recsys.models.wide_deep import WideDeepConfig
 from recsys.optim import DenseOptimizer, OptimizerSettings, start_states, state_count, update
-from recsys.train import dense_optimizer
 from tests.golden.case import load
 
 FTRL = {"optimizer": "ftrl", "learning_rate": 0.1, "accumulator_start": 0.1}

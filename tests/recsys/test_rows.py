@@ -10,13 +10,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from etl.schema import Schema
 from recsys.experiment import Embedding, Train
+from recsys.learner import dense_optimizer
 from recsys.models import MODELS
 from recsys.models.head import ModelConfig
 from recsys.optim import DenseOptimizer, OptimizerSettings, start_states, state_count, update
 from recsys.parallel.rows import needs_own_rows
 from recsys.parallel.shard import Sharded, shard
 from recsys.parallel.world import World, open_world
-from recsys.train import dense_optimizer
 from tests.registry import config_of, network_of, random_rows, rich_schema
 
 pytestmark = pytest.mark.usefixtures("quiet")

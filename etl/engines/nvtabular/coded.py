@@ -10,9 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from etl.engines import place_of
 from etl.engines.nvtabular.plan import Plan
 from etl.engines.nvtabular.prepare import unmarked
-from etl.pack import pack
+from etl.pack import finite, pack
 from etl.transform import MISSING_NUMBER, NO_KEY, Encoded, Float64s, Int64s, Signature, State, Transform, beside
 
 FIRST_CODE = 3
@@ -46,9 +47,10 @@ class Parts:
 class Coded:
     """Encodes the rows of one split from its parts. Ids of a list beyond `max_length` are dropped, oldest first."""
 
-    def __init__(self, parts: Parts, *, plan: Plan, transform: Transform) -> None:
+    def __init__(self, parts: Parts, *, plan: Plan, transform: Transform, split: str) -> None:
         features, signature = transform.features, transform.signature
         self._parts, self._plan, self._features, self._dense = parts, plan, features, transform.dense
+        self._transform, self._split = transform, split
         self._weights = _of_weights(features, signature)
         self._encodings = _of_encodings(transform)
         keys = {plan.of[step["name"]]: step for step in features if step["kind"] != "field"}
@@ -63,7 +65,7 @@ class Coded:
         self._places = self._ids.places(self._ids.keys)
 
     def __call__(self, raw: pa.Table, first: int) -> Encoded:
-        """Ids and floats of these rows of the split."""
+        """Ids and floats of these rows of the split. Raises Fault where float32 can't hold a number."""
         coded = self._parts(first, raw.num_rows)
         packed = pack(pa.table({name: self._column(name, coded) for name in self._ids.keys}), self._ids)
         ids = [self._rows(step, packed.keys) for step in self._features]
@@ -74,12 +76,11 @@ class Coded:
         weights = pack(raw.select(list(self._weights.numbers)), self._weights).numbers
         values = [v for step in self._features if (v := self._values(step, coded, weights=weights)) is not None]
         rows = [np.where(row == NO_KEY, -1, np.maximum(row, 0)) for row in ids]
-        return Encoded(
-            beside([none.astype(np.int64), *rows]),
-            beside([none, *dense, *values]).astype(np.float32),
-            zeros,
-            unseen,
-        )
+        with np.errstate(over="ignore"):  # it becomes infinity
+            floats = beside([none, *dense, *values]).astype(np.float32)
+        encoded = Encoded(beside([none.astype(np.int64), *rows]), floats, zeros, unseen)
+        place = place_of(self._split, first=first, rows=raw.num_rows)
+        return finite(encoded, self._transform, place=place)
 
     def _dense_columns(self, raw: pa.Table, coded: pa.Table) -> list[npt.NDArray[Any]]:
         """Dense inputs [B, 1] in the schema's order: encodings by the served transform, numbers by the Workflow."""

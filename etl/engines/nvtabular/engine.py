@@ -24,6 +24,7 @@ from etl.engines.polars import _described, _signature
 from etl.schema import IdFeature, Table
 from etl.spec import Bag, Count, Etl, FeatureSpec, Numeric, Target, resolve
 from etl.transform import Transform
+from etl.typed import Typed
 
 if TYPE_CHECKING:
     from etl.engines import Encode, Fitted
@@ -51,8 +52,8 @@ class NVTabular:
         self._scratch, self._workers, self._batch_rows = scratch, workers, batch_rows
         self._plan, self._graph = Plan(), Graph()
 
-    def fit(self, spec: FeatureSpec, train: Path, *, transform: Path, parent: "Parent | None") -> "Fitted":
-        """Fits on the staged training rows; writes vocabularies in the order of the polars engine.
+    def fit(self, spec: FeatureSpec, train: Typed, *, transform: Path, parent: "Parent | None") -> "Fitted":
+        """Fits on the training rows; writes vocabularies in the order of the polars engine.
 
         Raises:
             Fault: a feature that this engine does not know, or can't fit on these rows.
@@ -64,10 +65,10 @@ class NVTabular:
         self._graph = build(self._plan, out=self._scratch / "state")
         weighted = [looked_step(feature) for feature in resolve(spec.features) if isinstance(feature, Bag)]
         checked = Transform({"signature": signature, "features": weighted, "dense": []}, {})
-        dataset, _ = self._dataset(train, checked)
+        dataset, _ = self._dataset("train", train, checked=checked)
         with quiet():
             self._graph.workflow.fit(dataset)
-        fitting = Fitting(transform.parent, train=train, parent=None)
+        fitting = Fitting(transform.parent, train=train.columns, parent=None)
         tables = {table: users[0].hash_rows or 0 for table, users in spec.shared_tables().items()}
         for table, columns in self._plan.tables.items():
             found = self._graph.vocabulary(columns)
@@ -97,39 +98,38 @@ class NVTabular:
         sized = [Table(name=name, rows=size) for name, size in tables.items()]
         return {"version": 1, "signature": signature, "features": ids, "dense": dense}, features, sized
 
-    def encoder(self, staged: Path, transform: Transform) -> "Encode":
+    def encoder(self, split: str, rows: Typed, *, transform: Transform) -> "Encode":
         """Runs the Workflow over the whole split; what it returns reads the results.
 
         Raises:
             Fault: a value that can't be packed, with its rows.
         """
-        dataset, expected = self._dataset(staged, transform)
-        folder = self._scratch / "coded" / staged.stem
+        dataset, expected = self._dataset(split, rows, checked=transform)
+        folder = self._scratch / "coded" / split
         folder.mkdir(parents=True)
         with quiet():
             frames = self._graph.workflow.transform(dataset).to_ddf().to_delayed()
         files = [folder / f"part-{at:06d}.parquet" for at in range(len(frames))]
-        rows = self._workers.compute(
+        written = self._workers.compute(
             [delayed(_write)(frame, str(file)) for frame, file in zip(frames, files, strict=True)]
         )
-        self._prepared(staged).unlink()
-        if sum(rows) != expected:
-            raise refused(f"data.{staged.stem}", what=f"{sum(rows)} of {expected} rows")
-        parts = Parts(files, rows)
-        return Coded(parts, plan=self._plan, transform=transform)
+        self._prepared(split).unlink()
+        if sum(written) != expected:
+            raise refused(f"data.{split}", what=f"{sum(written)} of {expected} rows")
+        return Coded(Parts(files, written), plan=self._plan, transform=transform, split=split)
 
-    def _dataset(self, staged: Path, checked: Transform) -> tuple[Any, int]:
-        """A staged split for NVTabular, a partition a row group, and its rows."""
-        prepared = self._prepared(staged)
+    def _dataset(self, split: str, rows: Typed, *, checked: Transform) -> tuple[Any, int]:
+        """A split for NVTabular, a partition a row group, and its rows."""
+        prepared = self._prepared(split)
         if not prepared.is_file():
             prepared.parent.mkdir(exist_ok=True)
-            prepare(staged, prepared, plan=self._plan, checked=checked, batch_rows=self._batch_rows)
+            prepare(rows, prepared, plan=self._plan, checked=checked, batch_rows=self._batch_rows)
         with quiet():
             dataset = Dataset(str(prepared), engine="parquet", cpu=not self._workers.cuda, row_groups_per_part=1)
         return dataset, pq.ParquetFile(prepared).metadata.num_rows
 
-    def _prepared(self, staged: Path) -> Path:
-        return self._scratch / "prepared" / staged.name
+    def _prepared(self, split: str) -> Path:
+        return self._scratch / "prepared" / f"{split}.parquet"
 
 
 def _write(frame: Any, path: str) -> int:

@@ -1,4 +1,4 @@
-"""Staged rows -> the rows that NVTabular reads: nothing in them is null, wraps, rounds or is empty.
+"""Typed rows -> the rows that NVTabular reads: nothing in them is null, wraps, rounds or is empty.
 
 - Every id is the 64-bit key that serving looks up; a missing one is a key of its own. So no column of whole numbers
   becomes float64, no null is marked at another row, and no partition is without values.
@@ -22,26 +22,27 @@ from etl.faults import Fault
 from etl.pack import pack, text_keys, typed_column
 from etl.spec import column_of
 from etl.transform import MISSING_KEY, MISSING_NUMBER, NO_KEY, Packed, Signature, Transform
+from etl.typed import Typed, of_size
 
 
-def prepare(staged: Path, target: Path, *, plan: Plan, checked: Transform, batch_rows: int) -> int:
-    """Writes the prepared rows of a split, a row group a batch, and returns their number.
+def prepare(rows: Typed, target: Path, *, plan: Plan, checked: Transform, batch_rows: int) -> int:
+    """Writes the prepared rows of a split, whose name is the file's, a row group a batch; returns their number.
 
     Raises:
         Fault: a value that can't be packed, with its rows, as the served transform would say.
     """
-    rows = 0
+    done = 0
     writer: pq.ParquetWriter | None = None
-    columns = list(checked.signature.columns)
-    for batch in pq.ParquetFile(staged).iter_batches(columns=columns, batch_size=batch_rows):
-        place = place_of(staged, first=rows, rows=batch.num_rows)
-        table = _prepared(pa.Table.from_batches([batch]), plan=plan, checked=checked, place=place)
+    for batch in of_size(rows.batches(), rows=batch_rows):
+        place = place_of(target.stem, first=done, rows=batch.num_rows)
+        raw = pa.Table.from_batches([batch]).select(list(checked.signature.columns))
+        table = _prepared(raw, plan=plan, checked=checked, place=place)
         writer = writer or pq.ParquetWriter(target, table.schema)
         writer.write_table(table, row_group_size=batch_rows)
-        rows += batch.num_rows
+        done += batch.num_rows
     if writer is not None:
         writer.close()
-    return rows
+    return done
 
 
 def _prepared(raw: pa.Table, *, plan: Plan, checked: Transform, place: str) -> pa.Table:

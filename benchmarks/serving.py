@@ -1,0 +1,298 @@
+"""DeepFM on Triton beside the same program in process, and an eager EmbeddingBagCollection in the same server.
+
+26 ids and 13 numbers, 3,000,000 rows x 16 in 26 hashed tables, three layers of 400. The bundle is made by the ordinary
+commands from clicks of `etl synth`; the network is trained for one epoch of few rows, since its weights cost nothing.
+The sides take turns in one run, one thread each, with one instance of every model in one server; figures are medians of
+the rounds. CPU time through Triton is that of the server and its stubs; the load comes from this process, on the same
+cores.
+
+The last line is a JSON object: `triton_over_inprocess_512` is CPU time a row through Triton over that of the same
+transform and program in this process, `triton_over_program_512` over the program's alone, both at 512 rows and one
+client; `rows_per_s_vs_eager_64x8` compares rows/s with the eager model at 64 rows and 8 clients, `cpu_vs_eager_64x8`
+its CPU time a row with ours; `echo_share_64x8` is the empty model's share of our CPU time; `bf16_over_fp32_512`
+compares rows/s of the two precisions and is null on a CPU without bfloat16; `mb_per_instance` is the memory of a
+second instance; `stub_back_s` and `server_back_s` are seconds from a SIGKILL under load to the next right answer.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import psutil  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import torch  # noqa: E402
+
+import etl.transform  # noqa: E402
+from deploy import ranker  # noqa: E402
+from deploy.bench import Load, Measured, load_server, requests_of, run_in_process  # noqa: E402
+from deploy.bench_bundle import ECHO, add_echo, packed_rows  # noqa: E402
+from deploy.bundle import MODEL, read_bundle  # noqa: E402
+from deploy.client import Client  # noqa: E402
+from deploy.repository import make_repository  # noqa: E402
+from deploy.served_program import load_program  # noqa: E402
+from deploy.server import EmbeddedServer, Endpoint, ServerOptions  # noqa: E402
+from etl.faults import Fault  # noqa: E402
+from etl.sources import read_rows  # noqa: E402
+from etl.transform import Packed  # noqa: E402
+
+EAGER = "eager"
+EXPERIMENT = """
+name = "serving"
+seed = 1
+[data]
+format = "parquet"
+train = ["raw/day_0.parquet"]
+valid = ["raw/day_1.parquet"]
+test = ["raw/day_2.parquet"]
+[[tasks]]
+name = "label"
+[[features]]
+type = "categorical"
+columns = {ids}
+hash_rows = {hash_rows}
+[[features]]
+type = "numeric"
+columns = {numbers}
+fill = 0.0
+clip = [0.0, 1e6]
+log1p = true
+[model]
+kind = "deepfm"
+hidden = [400, 400, 400]
+[embedding]
+dim = 16
+[train]
+batch_size = 512
+epochs = 1
+"""
+EAGER_MODEL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+from deploy.offline import offline_run
+from etl.transform import Packed
+from recsys.predict import probabilities
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        torch.set_num_threads(1)
+        self.network, self.transform = offline_run(Path({run!r}))
+
+    def execute(self, requests):
+        keys = [pb_utils.get_input_tensor_by_name(each, "keys").as_numpy() for each in requests]
+        numbers = [pb_utils.get_input_tensor_by_name(each, "numbers").as_numpy() for each in requests]
+        encoded = self.transform.apply(Packed(np.concatenate(keys), np.concatenate(numbers)))
+        score = probabilities(self.network, encoded)
+        parts = np.split(score, np.cumsum([len(each) for each in keys])[:-1])
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("score", part)]) for part in parts]
+"""
+
+
+def main() -> None:
+    """Makes the bundle, serves it, measures in turns, prints a table and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each side in a round")
+    parser.add_argument("--quick", action="store_true", help="small tables, one short round: shows that it works")
+    options = parser.parse_args()
+    rounds, seconds = (1, 0.5) if options.quick else (options.rounds, options.seconds)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="serving-benchmark-") as scratch:
+        folder = Path(scratch)
+        bundle = make_bundle(folder, table_rows=26_000 if options.quick else 3_000_000, dense="fp32")
+        half = make_bundle(folder, table_rows=0, dense="bf16") if has_bfloat16() else None
+        figures = compare(folder, bundle, half, rounds=rounds, seconds=seconds)
+        figures |= recovery(folder, bundle)
+    print(json.dumps(figures))
+
+
+def make_bundle(folder: Path, *, table_rows: int, dense: str) -> Path:
+    """The bundle of this precision; rows, dataset and run are made with the first one."""
+    bundle = folder / f"bundle-{dense}"
+    if table_rows:
+        ids, numbers = [f"C{at}" for at in range(1, 27)], [f"I{at}" for at in range(1, 14)]
+        text = EXPERIMENT.format(ids=json.dumps(ids), numbers=json.dumps(numbers), hash_rows=table_rows // 26)
+        (folder / "serving.toml").write_text(text, encoding="utf-8")
+        command(folder, "etl", "synth", "raw", "--rows", "24000", "--days", "3", "--seed", "1", "--format", "parquet")
+        command(folder, "etl", "run", "serving.toml", "--out", "data")
+        command(folder, "recsys", "train", "serving.toml", "--data", "data", "--run", "run")
+    precision = [] if dense == "fp32" else ["--dense", dense]
+    command(folder, "deploy", "export", "run", "--out", str(bundle), *precision)
+    return bundle
+
+
+def command(folder: Path, module: str, *arguments: str) -> None:
+    """One of the project's commands, in `folder`; its output is shown where it fails."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{module} {' '.join(arguments)}\n{done.stdout}{done.stderr}")
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; without, the figure would say nothing."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def compare(folder: Path, bundle: Path, half: Path | None, *, rounds: int, seconds: float) -> dict[str, float | None]:
+    """Ratios of medians over the rounds."""
+    packed = packed_rows(bundle, read_bundle(bundle))
+    whole, program = in_process(bundle, packed, rows=512)
+    found: dict[str, list[Measured]] = {}
+
+    def note(measured: Measured) -> None:
+        found.setdefault(measured.side, []).append(measured)
+        cpu_us = measured.cpu_us_per_row or 0.0
+        print(
+            f"{measured.side:32}{measured.rows_per_s:12,.0f} rows/s{measured.p50_ms:9.2f} ms{cpu_us:10.2f} CPU-us/row"
+        )
+
+    with serving(folder / "served", bundle) as server:
+        for _ in range(rounds):
+            for side, score in (("in process, transform + program", whole), ("in process, program", program)):
+                note(run_in_process(score, rows=512, seconds=seconds, side=side))
+            for model in (MODEL, EAGER):
+                note(sent(server, packed, model=model, rows=512, load=Load(1, seconds=seconds)))
+            for model in (MODEL, EAGER, ECHO):
+                note(sent(server, packed, model=model, rows=64, load=Load(8, seconds=seconds)))
+        one_mb = stubs_mb(server, model=MODEL)
+    if half is not None:
+        with serving(folder / "half", half) as server, serving(folder / "full", bundle) as other:
+            for _ in range(rounds):
+                note(sent(server, packed, model=MODEL, rows=512, load=Load(1, seconds=seconds), side="bf16"))
+                note(sent(other, packed, model=MODEL, rows=512, load=Load(1, seconds=seconds), side="fp32"))
+    with serving(folder / "two", bundle, instances=2) as server:
+        sent(server, packed, model=MODEL, rows=64, load=Load(8, seconds=seconds))
+        two_mb = stubs_mb(server, model=MODEL)
+    cpu_us = {side: median(each.cpu_us_per_row or 0.0 for each in all_) for side, all_ in found.items()}
+    speed = {side: median(each.rows_per_s for each in all_) for side, all_ in found.items()}
+    served = cpu_us[f"{MODEL} 512 x 1"]
+    return {
+        "triton_over_inprocess_512": round(served / cpu_us["in process, transform + program"], 2),
+        "triton_over_program_512": round(served / cpu_us["in process, program"], 2),
+        "rows_per_s_vs_eager_64x8": round(speed[f"{MODEL} 64 x 8"] / speed[f"{EAGER} 64 x 8"], 2),
+        "cpu_vs_eager_64x8": round(cpu_us[f"{EAGER} 64 x 8"] / cpu_us[f"{MODEL} 64 x 8"], 2),
+        "echo_share_64x8": round(cpu_us[f"{ECHO} 64 x 8"] / cpu_us[f"{MODEL} 64 x 8"], 2),
+        "bf16_over_fp32_512": round(speed["bf16"] / speed["fp32"], 2) if half else None,
+        "mb_per_instance": round(two_mb - one_mb),
+    }
+
+
+def in_process(bundle: Path, packed: Packed, *, rows: int) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """What a stub does with one request, and its program alone: both take the request's number."""
+    program = load_program(bundle)
+    served = ranker.Ranker(bundle, etl.transform, program=program)
+    starts = range(0, len(packed.keys) - rows + 1, rows)
+    requests = [ranker.Request(packed.keys[at : at + rows], packed.numbers[at : at + rows]) for at in starts]
+    transform = etl.transform.Transform.load(bundle / "transform")
+    encoded = [transform.apply(Packed(each.keys, each.numbers)) for each in requests]
+    tensors = [(torch.from_numpy(each.ids), torch.from_numpy(each.floats)) for each in encoded]
+
+    def whole(at: int) -> None:
+        served.score([requests[at % len(requests)]])
+
+    def alone(at: int) -> None:
+        with torch.inference_mode():
+            program(*tensors[at % len(tensors)])
+
+    return whole, alone
+
+
+@contextmanager
+def serving(folder: Path, bundle: Path, *, instances: int = 1) -> Iterator[Endpoint]:
+    """The bundle, an echo and the eager network in one server; with two instances the bundle alone."""
+    made = make_repository(bundle, folder / "repository", instances=instances)
+    others: tuple[str, ...] = ()
+    if instances == 1:
+        add_echo(folder / "repository", tasks=len(made.tasks))
+        config = (folder / "repository" / ECHO / "config.pbtxt").read_text(encoding="utf-8")
+        (folder / "repository" / EAGER / "1").mkdir(parents=True)
+        (folder / "repository" / EAGER / "config.pbtxt").write_text(config.replace(f'"{ECHO}"', f'"{EAGER}"'))
+        code = EAGER_MODEL.format(root=str(ROOT), run=made.run)
+        (folder / "repository" / EAGER / "1" / "model.py").write_text(code)
+        others = (ECHO, EAGER)
+    options = ServerOptions(repository=folder / "repository", model=MODEL, others=others, log_dir=folder / "server")
+    with EmbeddedServer(options) as server:
+        yield server.start()
+
+
+def sent(server: Endpoint, packed: Packed, *, model: str, rows: int, load: Load, side: str | None = None) -> Measured:
+    """One side through Triton. CPU time counts the server and all stubs: those of idle models take none."""
+    side = side or f"{model} {rows} x {load.clients}"
+    requests = requests_of(packed, model, rows=rows)
+    return load_server(server.url, requests, rows=rows, load=load, side=side, pid=server.pid)
+
+
+def stubs_mb(server: Endpoint, *, model: str) -> float:
+    """Proportional set size of all stubs of a model: what they share is counted once."""
+    stubs = [child for child in psutil.Process(server.pid).children() if f"/{model}/" in " ".join(child.cmdline())]
+    return sum(float(stub.memory_full_info().pss) for stub in stubs) / 1e6
+
+
+def recovery(folder: Path, bundle: Path) -> dict[str, float]:
+    """Kills a stub, then the server, while clients send; seconds until a right answer."""
+    place = folder / "killed"
+    make_repository(bundle, place / "repository", instances=2)
+    options = ServerOptions(repository=place / "repository", model=MODEL, log_dir=place / "server")
+    stop = threading.Event()
+    with EmbeddedServer(options) as server, ThreadPoolExecutor(max_workers=3) as threads:
+        endpoint = server.start()
+        with Client(url := endpoint.url) as client:
+            rows = read_rows(bundle / "golden" / "requests.jsonl", client.columns)
+        watching = threads.submit(server.supervise, stop)
+        load = [threads.submit(lambda: [answers(url, rows) for _ in iter(stop.is_set, True)]) for _ in range(2)]
+        try:
+            stub = psutil.Process(endpoint.pid).children()[0].pid
+            stub_s = seconds_back(url, rows, kill=stub)
+            state = json.loads((place / "server" / "tritonserver.json").read_text(encoding="utf-8"))
+            server_s = seconds_back(url, rows, kill=state["pid"])
+        finally:
+            stop.set()
+        watching.result()
+        for each in load:
+            each.result()
+    return {"stub_back_s": round(stub_s, 1), "server_back_s": round(server_s, 1)}
+
+
+def seconds_back(url: str, rows: pa.Table, *, kill: int) -> float:
+    """From the kill to the eighth of as many answers in a row."""
+    time.sleep(1)
+    os.kill(kill, signal.SIGKILL)
+    begin, good = time.perf_counter(), 0
+    while good < 8:  # with one of two stubs dead, half of them would fail
+        good = good + 1 if answers(url, rows) else 0
+    return time.perf_counter() - begin
+
+
+def answers(url: str, rows: pa.Table) -> bool:
+    """Whether the server scores these rows within two seconds."""
+    try:
+        with Client(url, deadline_s=2.0) as client:
+            return bool(np.isfinite(client.score(rows).score).all())
+    except Fault:
+        return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A bundle under load in a server of its own, beside an empty model and beside the trained network in this process."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+from tritonclient.utils import InferenceServerException
+
+from deploy.bench import Load, Measured, load_server, requests_of, run_in_process
+from deploy.bundle import MODEL, Bundle, read_bundle
+from deploy.connect import connect
+from deploy.offline import offline_run
+from deploy.repository import config_text, make_repository
+from deploy.server import EmbeddedServer, Endpoint, ServerOptions
+from etl.artifact import write_json, write_text
+from etl.faults import Fault
+from etl.pack import pack
+from etl.sources import read_raw_split
+from etl.transform import Packed, Signature
+from recsys.experiment import read_experiment
+from recsys.predict import probabilities
+
+ECHO = "echo"
+_ROUNDS = 2
+_TIMEOUT_S = 10.0
+_ROWS = 4096  # of the raw test split that are sent, over and over
+_ECHO_MODEL = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("score", self._zeros(request))]) for request in requests]
+
+    def _zeros(self, request):
+        tensors = [tensor.as_numpy() for tensor in request.inputs()]
+        return np.zeros((len(tensors[0]), TASKS), np.float32)
+"""
+
+
+def bench_bundle(bundle_dir: Path, *, rows: int, load: Load) -> list[Measured]:
+    """The sides in turns, each the better of two rounds: served, echo, and eager in process, one thread each.
+
+    Raises Fault, Faults: no sound bundle, or the run or the raw rows that it was made from are gone.
+    """
+    bundle = read_bundle(bundle_dir)
+    packed = packed_rows(bundle_dir, bundle)
+    torch.set_num_threads(1)
+    eager = _Eager(Path(bundle.run), packed, rows=rows)
+    with _serving(bundle_dir, bundle) as endpoint:
+        sides: dict[str, list[Measured]] = {"served": [], "echo": [], "eager in process": []}
+        for _ in range(_ROUNDS):
+            for side, model in (("served", MODEL), ("echo", ECHO)):
+                requests = requests_of(packed, model, rows=rows)
+                found = load_server(endpoint.url, requests, rows=rows, load=load, side=side, pid=endpoint.pid)
+                sides[side].append(found)
+            sides["eager in process"].append(
+                run_in_process(eager, rows=rows, seconds=load.seconds, side="eager in process")
+            )
+    return [max(found, key=lambda each: each.rows_per_s) for found in sides.values()]
+
+
+def bench_server(url: str, *, rows: int, load: Load) -> list[Measured]:
+    """A server that runs, with random rows: it knows few of their ids. Raises Fault where none answers."""
+    signature = _signature(url)
+    generator = np.random.default_rng(1)
+    keys = generator.integers(1, 2**62, (_ROWS, len(signature.packed_names(signature.keys))))
+    numbers = generator.exponential(1.0, (_ROWS, len(signature.packed_names(signature.numbers))))
+    requests = requests_of(Packed(keys, numbers), MODEL, rows=rows)
+    return [load_server(url, requests, rows=rows, load=load, side="served", pid=None)]
+
+
+def packed_rows(bundle_dir: Path, bundle: Bundle) -> Packed:
+    """The first raw test rows as they travel."""
+    raw = read_raw_split(read_experiment(bundle_dir), "test").slice(0, _ROWS)
+    return pack(raw.select(list(bundle.signature.columns)), Signature.from_json(bundle.signature.model_dump()))
+
+
+def _signature(url: str) -> Signature:
+    try:
+        with connect(url, tls=None) as client:
+            config = client.get_model_config(MODEL, client_timeout=_TIMEOUT_S).config
+        return Signature.from_json(json.loads(config.parameters["signature"].string_value))
+    except (InferenceServerException, ValueError) as error:
+        remedy = "give the gRPC address of a 'deploy serve'"
+        raise Fault(url, got=str(error), wanted="a server that serves a bundle", remedy=remedy) from None
+
+
+def write_results(folder: Path, results: list[Measured], *, rows: int, load: Load) -> None:
+    """bench.json, and bench.svg with the distribution of the latencies."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = [{name: value for name, value in asdict(each).items() if name != "latencies_ms"} for each in results]
+    write_json(folder / "bench.json", {"rows": rows, "load": asdict(load), "sides": plain})
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for each in results:
+        ordered = np.sort(each.latencies_ms)
+        axes.plot(ordered, np.linspace(0, 100, len(ordered)), label=each.side)
+    axes.set(xlabel="latency, ms", ylabel="requests answered, %", xscale="log", ylim=(0, 100))
+    axes.legend()
+    figure.savefig(folder / "bench.svg")
+
+
+class _Eager:
+    """The transform and the trained network, as `recsys predict` has them, on packed rows."""
+
+    def __init__(self, run: Path, packed: Packed, *, rows: int) -> None:
+        self._network, self._transform = offline_run(run)
+        take = np.arange(max(rows, len(packed.keys))) % len(packed.keys)
+        self._packed, self._rows = Packed(packed.keys[take], packed.numbers[take]), rows
+
+    def __call__(self, at: int) -> None:
+        start = at * self._rows % (len(self._packed.keys) - self._rows + 1)
+        part = slice(start, start + self._rows)
+        encoded = self._transform.apply(Packed(self._packed.keys[part], self._packed.numbers[part]))
+        probabilities(self._network, encoded)
+
+
+@contextmanager
+def _serving(bundle_dir: Path, bundle: Bundle) -> Iterator[Endpoint]:
+    with tempfile.TemporaryDirectory(prefix="rankforge-bench-") as scratch:
+        repository = Path(scratch, "repository")
+        make_repository(bundle_dir, repository)
+        add_echo(repository, tasks=len(bundle.tasks))
+        options = ServerOptions(repository=repository, model=MODEL, others=(ECHO,), log_dir=Path(scratch, "server"))
+        with EmbeddedServer(options) as server:
+            yield server.start()
+
+
+def add_echo(repository: Path, *, tasks: int) -> None:
+    """A model of the same inputs that computes nothing: what Triton itself costs."""
+    config = text_format.Parse((repository / MODEL / "config.pbtxt").read_text(encoding="utf-8"), pb.ModelConfig())
+    config.name = ECHO
+    config.version_policy.specific.versions[:] = [1]
+    del config.output[1:]  # the score stays
+    config.ClearField("parameters")
+    (repository / ECHO / "1").mkdir(parents=True)
+    write_text(repository / ECHO / "config.pbtxt", config_text(config))
+    write_text(repository / ECHO / "1" / "model.py", _ECHO_MODEL.replace("TASKS", str(tasks)))

@@ -1,0 +1,139 @@
+"""A bundle becomes the served version, and the version before it again: no request fails, nothing unproven is served.
+
+A new version first runs as a model of its own, which no client asks, and has to give the golden requests their
+scores. Then one rename makes it the version that the config names, and Triton loads it beside the old one, which
+goes on until the new one is ready and then finishes what it has accepted.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritonclient.grpc import model_config_pb2 as pb
+
+from deploy.bundle import MARKER, MODEL, Bundle, read_bundle
+from deploy.client import Client
+from deploy.control import ModelControl, Server
+from deploy.repository import CANDIDATE, Repository, locked, model_config
+from deploy.server import EmbeddedServer, ServerOptions
+from deploy.verify import golden_comparison
+from etl.artifact import sha256
+from etl.faults import Fault
+
+
+@dataclass(frozen=True)
+class Published:
+    """The version that is served now, the one before, and those that still lie in the repository."""
+
+    version: int
+    before: int | None
+    kept: tuple[int, ...]
+
+
+def publish(bundle_dir: Path, folder: Path, *, server: Server | None, keep: int) -> Published:
+    """Makes the bundle the next version, in the repository and, where one is named, in the server that serves it.
+
+    Raises:
+        Fault: it does not load or not score as offline, its signature is another than the served one's, or the server
+            can't be asked. Then the repository and the server are as they were.
+        Faults: files that differ from what was exported.
+    """
+    bundle = read_bundle(bundle_dir)
+    with locked(folder) as repository:
+        before = repository.current()
+        _require_same_signature(repository, bundle)
+        with repository.candidate(bundle_dir, bundle) as number:
+            with _trial(repository, server) as url:
+                _require_golden_scores(bundle_dir, bundle, url=url, tls=server.tls if server else None)
+            repository.adopt(number)
+        _swap(repository, number, server=server)
+        repository.prune(keep=keep)
+        return Published(number, before, tuple(repository.versions()))
+
+
+def rollback(folder: Path, *, server: Server | None) -> Published:
+    """Serves the version before the present one again, and removes the present one.
+
+    Raises:
+        Fault: there is none before, it does not load any more, or the server can't be asked; all stays as it was.
+        Faults: files of it that were changed.
+    """
+    with locked(folder) as repository:
+        before = repository.current()
+        earlier = [number for number in repository.versions() if before is not None and number < before]
+        if not earlier:
+            got, remedy = f"versions {repository.versions()}, {before} is served", "publish the bundle you want"
+            raise Fault(str(folder), got=got, wanted="a version before the served one", remedy=remedy)
+        _require_same_signature(repository, read_bundle(repository.version(earlier[-1])))
+        _swap(repository, earlier[-1], server=server)
+        repository.prune(keep=len(earlier))
+        return Published(earlier[-1], before, tuple(repository.versions()))
+
+
+def _swap(repository: Repository, number: int, *, server: Server | None) -> None:
+    """Serves `number` from here on; all is as before where that fails."""
+    before = repository.config()
+    repository.serve(number)
+    if server is None:
+        return
+    try:
+        with ModelControl(server) as control:
+            control.load(MODEL)
+            wanted = sha256(repository.version(number) / MARKER)
+            if control.served_bundle(MODEL, number) != wanted:
+                remedy = f"is {repository.folder} the repository of this server?"
+                raise Fault(server.url, got="another bundle", wanted=f"version {number}", remedy=remedy)
+    except BaseException:
+        _restore(repository, before, server=server)
+        raise
+
+
+def _restore(repository: Repository, before: pb.ModelConfig | None, *, server: Server) -> None:
+    repository.restore(before)
+    if before is not None:  # the old version still runs: this tells the server that it is the wanted one
+        with suppress(Fault), ModelControl(server) as control:
+            control.load(MODEL)
+
+
+@contextmanager
+def _trial(repository: Repository, server: Server | None) -> Iterator[str]:
+    """The address of a server where the candidate runs: the one that serves, or one for the trial alone."""
+    if server is not None:
+        with ModelControl(server) as control:
+            try:
+                control.load(CANDIDATE)
+                yield server.url
+            finally:
+                with suppress(Fault):
+                    control.unload(CANDIDATE)
+        return
+    with tempfile.TemporaryDirectory(prefix="rankforge-trial-") as logs:
+        options = ServerOptions(repository=repository.folder, model=CANDIDATE, log_dir=Path(logs))
+        with EmbeddedServer(options) as trial:
+            yield trial.start().url
+
+
+def _require_golden_scores(bundle_dir: Path, bundle: Bundle, *, url: str, tls: Path | None) -> None:
+    with Client(url, CANDIDATE, tls=tls) as client:
+        compared = golden_comparison(bundle_dir, bundle, client=client)
+    if compared.equal != compared.rows:
+        wanted, remedy = "every row as offline", "export the run again, and look at what changed since"
+        raise Fault(str(bundle_dir), got=str(compared), wanted=wanted, remedy=remedy)
+
+
+def _require_same_signature(repository: Repository, bundle: Bundle) -> None:
+    """A client packs as the model that it met says, so another signature would read its columns as others."""
+    config = repository.config()
+    if config is None:
+        return
+    served = json.loads(config.parameters["signature"].string_value)
+    offered = json.loads(
+        model_config(bundle, bundle_hash="", instances=1, version=1).parameters["signature"].string_value
+    )
+    if differ := sorted(name for name in served.keys() | offered.keys() if served.get(name) != offered.get(name)):
+        got, wanted = f"another {', '.join(differ)} than the served version's", "requests that both understand"
+        remedy = "serve it from a repository of its own and move the clients there"
+        raise Fault(str(repository.folder), got=got, wanted=wanted, remedy=remedy)

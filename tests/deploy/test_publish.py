@@ -1,0 +1,181 @@
+"""Versions come and go under load on a real server: no request fails, and a broken version never takes one."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import tritonclient.grpc as triton_grpc
+from safetensors.torch import load_file, save_file
+
+from deploy.client import Client
+from deploy.control import Server
+from deploy.publish import publish, rollback
+from deploy.repository import CANDIDATE, Repository
+from etl.artifact import sha256
+from etl.faults import Fault
+from etl.sources import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT_S = 120.0
+Change = Callable[[Path], None]
+
+
+def reseal(bundle: Path) -> None:
+    """The manifest says again what is there, as an export of something else would."""
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["files"] = {name: sha256(bundle / name) for name in manifest["files"]}
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
+def changed(bundle: Path, name: str, change: Change) -> Path:
+    copy = shutil.copytree(bundle, bundle.parent / name)
+    change(copy)
+    reseal(copy)
+    return copy
+
+
+def retrained(bundle: Path) -> None:
+    """Another bundle of the same scores."""
+    (bundle / "experiment.json").write_text((bundle / "experiment.json").read_text() + "\n")
+
+
+def other_weights(bundle: Path) -> None:
+    path = bundle / "weights.safetensors"
+    save_file({name: _moved(tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def _moved(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * 1.5 if tensor.is_floating_point() else tensor
+
+
+def no_load(bundle: Path) -> None:
+    (bundle / "model.py").write_text("raise ValueError('no table of this name')")
+
+
+def dies_at_load(bundle: Path) -> None:
+    (bundle / "model.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+
+
+def dies_at_first_request(bundle: Path) -> None:
+    text = (bundle / "model.py").read_text()
+    start = text.index("        results =")
+    (bundle / "model.py").write_text(text[:start] + "        import os\n        os._exit(1)\n" + text[start:])
+
+
+@contextmanager
+def serving(folder: Path, *options: object) -> Iterator[tuple["subprocess.Popen[str]", Server]]:
+    """A `deploy serve`, and how to reach it."""
+    state = folder.parent / "server.json"
+    line = [sys.executable, "-m", "deploy", "serve", str(folder), *map(str, options)]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            end = time.monotonic() + WAIT_S
+            while not state.is_file():
+                assert server.poll() is None, server.stdout.read() if server.stdout else ""
+                assert time.monotonic() < end, "no state file"
+                time.sleep(0.05)
+            told = json.loads(state.read_text())
+            yield server, Server(f"127.0.0.1:{told['grpc_port']}", Path(told["key_file"]))
+        finally:
+            server.terminate()
+            server.wait(WAIT_S)
+
+
+class Load:
+    """Clients that send one request after another, each another slice of the golden rows, and check each answer."""
+
+    def __init__(self, url: str, bundle: Path, *, clients: int = 4) -> None:
+        self.answers: Counter[str] = Counter()
+        self._stop, self._threads = threading.Event(), ThreadPoolExecutor(max_workers=clients)
+        self._running = [self._threads.submit(self._send, url, bundle) for _ in range(clients)]
+
+    def _send(self, url: str, bundle: Path) -> None:
+        with Client(url) as client:
+            rows = read_rows(bundle / "golden" / "requests.jsonl", client.columns)
+            wanted = client.score(rows).score
+            at = 0
+            while not self._stop.is_set():
+                at = (at + 1) % (rows.num_rows - 4)
+                try:
+                    got = client.score(rows.slice(at, 4)).score
+                    self.answers["right" if abs(got - wanted[at : at + 4]).max() < 1e-6 else "wrong"] += 1
+                except Fault as fault:
+                    self.answers[str(fault)] += 1
+
+    def until(self, requests: int) -> None:
+        """Returns when as many requests more have been answered."""
+        end, goal = time.monotonic() + WAIT_S, sum(self.answers.values()) + requests
+        while sum(self.answers.values()) < goal:
+            assert time.monotonic() < end, self.answers
+            time.sleep(0.01)
+
+    def finish(self) -> Counter[str]:
+        self._stop.set()
+        for running in self._running:
+            running.result(WAIT_S)
+        self._threads.shutdown()
+        return self.answers
+
+
+def served_versions(server: Server) -> list[tuple[str, str]]:
+    client = triton_grpc.InferenceServerClient(server.url)
+    headers = {"triton-grpc-protocol-admin": server.key_file.read_text()}
+    index = client.get_model_repository_index(headers=headers)
+    client.close()
+    return [(model.name, model.version) for model in index.models if model.state == "READY"]
+
+
+def until_served(server: Server, versions: list[tuple[str, str]]) -> None:
+    end = time.monotonic() + WAIT_S
+    while (now := served_versions(server)) != versions:
+        assert time.monotonic() < end, now
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_three_thousand_requests_over_swaps_broken_versions_and_a_rollback(bundle: Path) -> None:
+    repository = bundle.parent / "repository"
+    with serving(bundle) as (process, server):
+        pid = json.loads((bundle.parent / "server.json").read_text())["pid"]
+        load = Load(server.url, bundle)
+        load.until(300)
+        second = publish(changed(bundle, "second", retrained), repository, server=server, keep=3)
+        assert (second.version, second.before, second.kept) == (2, 1, (1, 2))
+        load.until(300)
+        with pytest.raises(Fault, match=r"golden requests: [0-9] of 14 rows equal"):
+            publish(changed(bundle, "wrong", other_weights), repository, server=server, keep=3)
+        load.until(300)
+        for name, broken in (("no_load", no_load), ("dead", dies_at_load), ("dying", dies_at_first_request)):
+            with pytest.raises(Fault):
+                publish(changed(bundle, name, broken), repository, server=server, keep=3)
+            assert Repository(repository).versions() == [1, 2]
+        third = publish(
+            changed(bundle, "third", lambda b: retrained(b) or retrained(b)), repository, server=server, keep=2
+        )
+        assert (third.version, third.before, third.kept) == (3, 2, (2, 3))
+        until_served(server, [("ranker", "3")])
+        load.until(300)
+        back = rollback(repository, server=server)
+        assert (back.version, back.before, back.kept) == (2, 3, (2,))
+        until_served(server, [("ranker", "2")])
+        load.until(max(300, 3000 - sum(load.answers.values())))
+        answers = load.finish()
+        assert set(answers) == {"right"}
+        assert answers["right"] >= 3000
+        assert json.loads((bundle.parent / "server.json").read_text())["pid"] == pid, "the server was restarted"
+        assert process.poll() is None
+        log = (bundle.parent / "server" / "tritonserver.log").read_text()
+    assert "no table of this name" in log
+    assert not (repository / CANDIDATE).exists()
+    assert not list(Path("/dev/shm").glob("rankforge-*"))

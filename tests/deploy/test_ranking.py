@@ -1,0 +1,163 @@
+"""A ranking request scores as the rows that it stands for, and only its own faults touch it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import deploy.ranker
+import etl.transform
+from deploy.bundle import read_bundle
+from deploy.ranker import Ranker, Request, Scored
+from deploy.ranking import Ranking, RankRequest
+from deploy.served_program import load_program
+from etl.pack import pack
+from etl.transform import Packed, Signature
+from tests.deploy.conftest import raw_lists
+
+Seen = list[tuple[list[str], int]]
+
+
+class Case:
+    """A bundle's ranker, its ranking of at most 50 candidates in forwards of 16 rows, and what both told of."""
+
+    def __init__(self, bundle: Path) -> None:
+        described = read_bundle(bundle)
+        self.seen: Seen = []
+        self.ranker = Ranker(bundle, etl.transform, program=load_program(bundle), seen=self._note)
+        self.signature = Signature.from_json(described.signature.model_dump(mode="json"))
+        user = described.signature.part(described.serve.user)
+        items = described.signature.part(set(described.signature.columns) - set(described.serve.user))
+        self.user, self.items = (Signature.from_json(part.model_dump(mode="json")) for part in (user, items))
+        parts: dict[str, Any] = {"user": self.user.as_json(), "items": self.items.as_json()}
+        self.ranking = Ranking(self.ranker, deploy.ranker, **parts, most=50, rows=16)
+
+    def _note(self, transform: Any, *, packed: Packed, encoded: Any, skip: frozenset[str] = frozenset()) -> None:
+        self.seen.append(([step["name"] for step in transform.features if step["name"] not in skip], len(packed.keys)))
+
+    def request(self, rows: pa.Table) -> tuple[RankRequest, Request]:
+        """The candidates of these rows for the user of the first one, and the rows that they stand for."""
+        first = rows.slice(0, 1)
+        user, items = pack(first.select(list(self.user.columns)), self.user), self._pack(rows, self.items)
+        whole = {
+            name: pa.concat_arrays([first[name].combine_chunks()] * len(rows))
+            if name in self.user.columns
+            else rows[name]
+            for name in self.signature.columns
+        }
+        packed = self._pack(pa.table(whole), self.signature)
+        ranked = RankRequest(Request(user.keys, user.numbers), Request(items.keys, items.numbers))
+        return ranked, Request(packed.keys, packed.numbers)
+
+    def _pack(self, rows: pa.Table, signature: Signature) -> Packed:
+        return pack(rows.select(list(signature.columns)), signature)
+
+
+def tiny_rows(rows: int, *, seed: int) -> pa.Table:
+    rng = np.random.default_rng(seed)
+    return pa.table(
+        {
+            "site": rng.choice([*"abcdez"], rows),
+            "city": rng.choice(["Berlin", "Kraków", "", "x"], rows),
+            "item": rng.integers(0, 40, rows),
+            "age": pa.array([None if rng.random() < 0.1 else float(rng.integers(10, 90)) for _ in range(rows)]),
+            "price": rng.uniform(0, 50, rows),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(exported: Path) -> Case:
+    """Its user is a text and a number, which is bucketed too, and a cross reads the text and a candidate's city."""
+    return Case(exported)
+
+
+@pytest.fixture(scope="module")
+def lists(lists_bundle: Path) -> Case:
+    """Its user is a history and a weighted bag."""
+    return Case(lists_bundle)
+
+
+@pytest.mark.parametrize("name", ["tiny", "lists"])
+def test_mixed_requests_score_as_their_rows(name: str, request: pytest.FixtureRequest) -> None:
+    case: Case = request.getfixturevalue(name)
+    rows = tiny_rows if name == "tiny" else raw_lists
+    pairs = [case.request(rows(count, seed=count)) for count in (5, 1, 50, 17, 3, 50, 50)]
+    wanted = case.ranker.score([plain for _, plain in pairs])
+    got = case.ranking.score([ranked for ranked, _ in pairs])
+    for one, other in zip(got, wanted, strict=True):
+        assert isinstance(one, Scored)
+        assert isinstance(other, Scored)
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.floats, other.floats)
+        np.testing.assert_allclose(one.score, other.score, rtol=0, atol=1e-6)
+    assert np.ptp(np.concatenate([one.score for one in got])) > 1e-3
+
+
+def test_a_users_values_are_transformed_once(tiny: Case) -> None:
+    requests = [tiny.request(tiny_rows(count, seed=count))[0] for count in (5, 30)]
+    tiny.seen.clear()
+    tiny.ranking.score(requests)
+    assert tiny.seen == [(["site", "age_bucket"], 2), (["city", "item", "site_x_city"], 35)]
+
+
+def spoilt(request: RankRequest, *, half: str, name: str, value: float) -> RankRequest:
+    """With the last row of one matrix at `value` in its first column."""
+    parts = {side: getattr(request, side) for side in ("user", "items")}
+    arrays = {matrix: getattr(parts[half], matrix).copy() for matrix in ("keys", "numbers")}
+    arrays[name][-1, 0] = value
+    return RankRequest(**(parts | {half: Request(**arrays)}))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("half", "name", "value", "message"),
+    [
+        ("user", "numbers", np.nan, "column 'age' holds nan at row 0"),
+        ("items", "numbers", np.inf, "column 'price' holds inf at row 3"),
+        ("items", "numbers", 1e300, "feature 'price' leaves the range of float32 at row 3"),
+        ("user", "keys", etl.transform.NO_KEY, "column 'site' holds -9223372036854775807"),
+        ("items", "keys", etl.transform.NO_KEY, "column 'city' holds -9223372036854775807 at row 3"),
+    ],
+)
+def test_a_bad_value_is_its_own_requests_fault(
+    tiny: Case, place: int, half: str, name: str, value: float, message: str
+) -> None:
+    requests = [tiny.request(tiny_rows(4, seed=seed))[0] for seed in range(3)]
+    alone = [tiny.ranking.score([each])[0] for each in requests]
+    requests[place] = spoilt(requests[place], half=half, name=name, value=value)
+    results = tiny.ranking.score(requests)
+    assert message in str(results[place])
+    for at in {0, 1, 2} - {place}:
+        np.testing.assert_allclose(results[at].score, alone[at].score, rtol=0, atol=1e-6)
+
+
+def test_shapes_that_are_no_ranking_request(tiny: Case) -> None:
+    (good, _), (many, _) = tiny.request(tiny_rows(2, seed=1)), tiny.request(tiny_rows(51, seed=1))
+    two = Request(np.repeat(good.user.keys, 2, axis=0), np.repeat(good.user.numbers, 2, axis=0))
+    narrow, none = Request(good.items.keys[:, :1], good.items.numbers), tiny.ranking.blank(0).items
+    uneven = Request(good.items.keys, good.items.numbers[:1])
+    bad = [many, RankRequest(two, good.items), *(RankRequest(good.user, items) for items in (narrow, none, uneven))]
+    messages = [
+        "hold 51 candidates, at most 50",
+        "input 'user_keys' has 2 rows, wanted one user",
+        "input 'item_keys' is int64 [2, 1], wanted int64 [B, 2] with the columns city, item",
+        "inputs 'item_keys' and 'item_numbers' have no rows",
+        "input 'item_keys' has 2 rows, and input 'item_numbers' 1",
+    ]
+    *faults, scored = tiny.ranking.score([*bad, good])
+    assert isinstance(scored, Scored)
+    for fault, message in zip(faults, messages, strict=True):
+        assert message in str(fault)
+
+
+def test_values_behind_an_unused_place_of_a_list_are_refused(lists: Case) -> None:
+    rows = raw_lists(1, seed=3).set_column(1, "history", pa.array([[1, 2]], pa.list_(pa.int64())))
+    _, plain = lists.request(rows)
+    history = lists.signature.places(lists.signature.keys)["history"]
+    keys = plain.keys.copy()
+    keys[0, history] = keys[0, history][::-1]
+    (fault,) = lists.ranker.score([Request(keys, plain.numbers)])
+    assert "column 'history' has a value behind an unused place at row 0" in str(fault)

@@ -1,0 +1,181 @@
+"""Plans for hardware that is not there: every row is held once, bytes add up, and what cannot fit is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from etl.faults import Fault, Faults
+from etl.schema import Schema, Table
+from recsys.cli import app
+from recsys.parallel.plan import Plan, make_plan
+from recsys.parallel.sharders import Hardware
+from recsys.plan import GIB, as_json, as_text, schema_for, write_picture
+from recsys.plan_options import PlanOptions
+from tests.recsys.conftest import RAW, SCHEMA, experiment
+
+pytestmark = pytest.mark.usefixtures("quiet")
+ADAGRAD: dict[str, Any] = {"optimizer": "adagrad"}
+H100S = Hardware(16, 2, "cuda", 80 * GIB, 2048 * GIB)
+
+
+def sized(**rows: int) -> Schema:
+    return SCHEMA.model_copy(
+        update={"tables": tuple(Table(name=t.name, rows=rows.get(t.name, t.rows)) for t in SCHEMA.tables)}
+    )
+
+
+def covered(plan: Plan, table: str, *, width: int) -> int:
+    """Weights of a table over all shards; each of its places once."""
+    places = [s for s in plan.shards if s.table == table]
+    cells = {
+        (row, column)
+        for s in places
+        for row in range(s.first_row, s.first_row + s.rows)
+        for column in range(s.first_column, s.first_column + s.columns)
+    }
+    assert sum(s.rows * s.columns for s in places) == len(cells)
+    return len(cells)
+
+
+@settings(max_examples=20)
+@given(
+    sharding=st.sampled_from(
+        ["table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard"]
+    ),
+    hosts=st.integers(1, 4),
+    local=st.integers(1, 4),
+)
+def test_every_weight_is_held_once(sharding: str, hosts: int, local: int) -> None:
+    hardware = Hardware(hosts * local, hosts, "cuda", 80 * GIB, 2048 * GIB)
+    chosen = experiment(embedding=ADAGRAD | {"sharding": sharding, "dim": 12})
+    plan = make_plan(chosen, SCHEMA, hardware=hardware)
+    for name, width in {"user": 16, "item": 16, "pair": 4}.items():
+        assert covered(plan, name, width=width) == SCHEMA.rows(name) * width
+    assert {rank.rank for rank in plan.ranks} == set(range(hardware.ranks))
+    assert all(s.columns % 4 == 0 and 0 <= s.rank < hardware.ranks for s in plan.shards)
+
+
+def test_bytes_are_those_of_rows_and_states() -> None:
+    chosen = experiment(embedding=ADAGRAD | {"sharding": "row_wise", "tables": {"item": {"precision": "fp16"}}})
+    plan = make_plan(chosen, sized(user=1_000_001, item=500), hardware=H100S)
+    user = [s for s in plan.shards if s.table == "user"]
+    assert [s.rows for s in user] == [62_501] * 15 + [1_000_001 - 15 * 62_501]
+    assert user[0].weight_bytes == 62_501 * 12 * 4 == user[0].state_bytes
+    assert next(s for s in plan.shards if s.table == "item").weight_bytes == 32 * 12 * 2
+    held = [s for s in plan.shards if s.rank == 3]
+    assert plan.ranks[3].hbm["weights"] == sum(s.weight_bytes for s in held)
+    assert plan.ranks[3].hbm["states"] == sum(s.state_bytes for s in held)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "floats"),
+    [
+        ({"optimizer": "rowwise_adagrad"}, 1),
+        ({"optimizer": "sgd"}, 0),
+        ({"optimizer": "adagrad"}, 12),
+        ({"optimizer": "momentum"}, 12),
+        ({"optimizer": "adam"}, 24),
+    ],
+)
+def test_each_optimizer_has_its_states(embedding: dict[str, Any], floats: int) -> None:
+    plan = make_plan(experiment(embedding=embedding), SCHEMA, hardware=H100S)
+    assert sum(s.state_bytes for s in plan.shards if s.table == "user") == SCHEMA.rows("user") * floats * 4
+
+
+def test_copies_are_on_every_rank_with_their_gradients() -> None:
+    plan = make_plan(experiment(embedding={"sharding": "data_parallel"}), SCHEMA, hardware=H100S)
+    assert sum(s.table == "user" for s in plan.shards) == 16
+    assert plan.ranks[0].hbm["gradients"] == (60 + 30) * 13 * 4 + 400 * 5 * 4
+
+
+def test_what_spills_lies_in_host_memory_behind_a_cache() -> None:
+    cached = {"placement": "uvm_caching", "cache_share": 0.1}
+    chosen = experiment(train={"device": "cuda"}, embedding={"sharding": "table_wise"} | cached)
+    plan = make_plan(chosen, sized(user=10_000_000), hardware=H100S)
+    owner = next(s.rank for s in plan.shards if s.table == "user")
+    assert plan.ranks[owner].ddr["weights"] >= 10_000_000 * 48
+    assert plan.ranks[owner].hbm["cache"] >= 1_000_000 * (48 + 16) + 40_000_000
+
+
+def test_what_cannot_fit_is_named_with_what_would_help() -> None:
+    chosen = experiment(embedding=ADAGRAD | {"sharding": "table_wise", "dim": 128})
+    with pytest.raises(Fault) as fault:
+        make_plan(chosen, sized(user=300_000_000), hardware=H100S)
+    text = str(fault.value)
+    assert "'user' (295" in text
+    assert "cut the rows of user (sharding 'row_wise')" in text
+    assert "rowwise_adagrad" in text and "uvm_caching" in text and "fp16" in text
+
+
+def test_a_plan_at_its_limit_fits_and_one_rank_less_does_not() -> None:
+    chosen = experiment(embedding={"sharding": "row_wise", "placement": "hbm", "dim": 128})
+    large = sized(user=1_500_000_000)  # 740 GiB
+    plan = make_plan(chosen, large, hardware=H100S)
+    assert all(sum(rank.hbm.values()) <= plan.hbm_limit for rank in plan.ranks)
+    with pytest.raises(Fault, match=r"take \d+ ranks or more"):
+        make_plan(chosen, large, hardware=Hardware(10, 1, "cuda", 80 * GIB, 2048 * GIB))
+
+
+def test_a_batch_that_does_not_fit_is_told_apart_from_tables_that_do_not() -> None:
+    with pytest.raises(Fault, match=r"lower train\.batch_size"):
+        make_plan(experiment(train={"batch_size": 200_000_000}), SCHEMA, hardware=H100S)
+
+
+def test_the_planner_s_choice_does_not_depend_on_the_process(tmp_path: Path) -> None:
+    plans = [as_json(make_plan(experiment(), SCHEMA, hardware=H100S)) for _ in range(2)]
+    assert plans[0] == plans[1]
+
+
+def test_without_data_the_experiment_and_the_rows_say_the_schema(dataset: Path, tmp_path: Path) -> None:
+    found = schema_for(experiment(), tmp_path, rows={"user": 60, "item": 30})
+    wanted = schema_for(experiment(), dataset, rows={})
+    assert found == wanted
+    with pytest.raises(Fault, match="no size of user, item"):
+        schema_for(experiment(), tmp_path, rows={})
+    with pytest.raises(Fault, match="no such table"):
+        schema_for(experiment(), dataset, rows={"itme": 3})
+
+
+def test_text_and_picture_show_all_ranks(tmp_path: Path) -> None:
+    plan = make_plan(experiment(embedding={"sharding": "row_wise"}), SCHEMA, hardware=H100S)
+    text = as_text(plan)
+    assert "16 x cuda, 2 hosts of 8; 80 GiB each" in text
+    assert "0-15" in text and "imbalance" in text
+    for name in ("plan.svg", "plan.png"):
+        write_picture(plan, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.png", "plan.svg"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PlanOptions(world_size=12, hosts=5),
+        PlanOptions(world_size=0),
+        PlanOptions(world_size=8, local_world_size=3),
+        PlanOptions(device="gpu"),
+        PlanOptions(picture=Path("plan.pdf")),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(options: PlanOptions) -> None:
+    with pytest.raises(Faults):
+        _ = options.host_count
+    assert PlanOptions(world_size=1024).host_count == 128
+    with pytest.raises(Faults):
+        PlanOptions(rows=["item=many"]).row_counts()
+
+
+def test_the_command(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "known.json").write_text(json.dumps(RAW))
+    monkeypatch.setattr("recsys.cli._load", lambda path, overrides: experiment())
+    arguments = ["plan", "known.toml", "--data", str(dataset), "--world-size", "4", "--json", "--ddr-gib", "8"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert found["hardware"] == {"ranks": 4, "hosts": 1, "device": "cpu", "hbm_bytes": 0, "ddr_bytes": 8 * GIB}
+    assert found["tables"] == {"user": 60, "item": 30, "pair": 400}
