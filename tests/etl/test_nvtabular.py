@@ -113,7 +113,7 @@ def test_nothing_is_left_beside_the_folder_and_torch_is_not_loaded(folder: Path)
 
 def test_a_fault_leaves_nothing(folder: Path) -> None:
     bag = {"type": "bag", "name": "path", "dtype": "int64", "max_length": 2}
-    with pytest.raises(Fault, match=r"train rows 1 to 16: got column 'path' holds 3 values at row 3, at most 2"):
+    with pytest.raises(Fault, match=r"rows 1 to 90, column 'path': got 3 values in row 4 of these; wanted at most 2"):
         run(spec_of(folder, [bag], engine="nvtabular"), folder / "data", report=silent)
     assert [path.name for path in folder.iterdir()] == ["rows.parquet"]
 
