@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS, NUMBERS = [f"C{at}" for at in range(26)], [f"I{at}" for at in range(13)]
-BATCH, DIM, HIDDEN = 4096, 16, [400, 400, 400]
+DIM, HIDDEN = 16, [400, 400, 400]
 FIRST_STEP = 20
 EXPERIMENT = f"""
 name = "overhead"
@@ -55,11 +55,23 @@ dim = {DIM}
 optimizer = "rowwise_adagrad"
 sharding = "table_wise"
 [train]
-batch_size = {BATCH}
 epochs = 1
 log_every_steps = {FIRST_STEP}
 checkpoint_every_steps = 50
 """
+
+
+class How(NamedTuple):
+    """What both sides compute with."""
+
+    device: str
+    precision: str
+    batch_size: int
+
+    @property
+    def options(self) -> list[str]:
+        """The same as options of this script."""
+        return ["--device", self.device, "--precision", self.precision, "--batch-size", str(self.batch_size)]
 
 
 def main() -> None:
@@ -67,19 +79,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="60 steps, 2 rounds")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of both dense parts")
+    parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--loop", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    how = How(arguments.device, arguments.precision, arguments.batch_size)
     if arguments.loop:
-        print(json.dumps(hand_written(arguments.loop)))
+        print(json.dumps(hand_written(arguments.loop, how)))
         return
     steps, rounds = (60, 2) if arguments.quick else (arguments.steps, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="overhead-") as name:
         folder = Path(name)
-        write_data(folder, rows=steps * BATCH)
+        write_data(folder, rows=steps * how.batch_size)
         ours, theirs = [], []
         for at in range(rounds):
-            ours.append(trained(folder, at))
-            theirs.append(looped(folder))
+            ours.append(trained(folder, at, how=how))
+            theirs.append(looped(folder, how))
             print(f"round {at + 1}: trainer {1000 * ours[-1]:.1f} ms a step, hand-written {1000 * theirs[-1]:.1f} ms")
     print(json.dumps({"vs_hand_written": round(median(ours) / median(theirs), 4)}))
 
@@ -87,7 +103,7 @@ def main() -> None:
 def write_data(folder: Path, *, rows: int) -> None:
     draw = np.random.default_rng(0)
     (folder / "raw").mkdir()
-    for name, count in (("train", rows), ("valid", BATCH)):
+    for name, count in (("train", rows), ("valid", 4096)):
         sizes = np.geomspace(100, 300_000, len(IDS)).astype(int)
         ids = {column: draw.zipf(1.2, count) % size for column, size in zip(IDS, sizes, strict=True)}
         numbers = {column: draw.normal(size=count) for column in NUMBERS}
@@ -105,10 +121,12 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def trained(folder: Path, at: int) -> float:
+def trained(folder: Path, at: int, *, how: How) -> float:
     """Seconds a step of `recsys train`, reading, logging and saving included; evaluation comes after."""
     where = ["--data", str(folder / "data"), "--run", str(folder / f"run-{at}")]
-    run("-m", "recsys", "train", str(folder / "overhead.toml"), *where)
+    sets = [f"train.{key}={value}" for key, value in how._asdict().items()]
+    settings = [part for value in sets for part in ("--set", value)]
+    run("-m", "recsys", "train", str(folder / "overhead.toml"), *where, *settings)
     lines = [json.loads(line) for line in (folder / f"run-{at}" / "metrics.jsonl").read_text().splitlines()]
     steps = [
         line for line in lines if line["step"] >= FIRST_STEP and not any(name.startswith("valid/") for name in line)
@@ -116,11 +134,11 @@ def trained(folder: Path, at: int) -> float:
     return float((steps[-1]["seconds"] - steps[0]["seconds"]) / (steps[-1]["step"] - steps[0]["step"]))
 
 
-def looped(folder: Path) -> float:
-    return float(json.loads(run(__file__, "--loop", str(folder / "data")).splitlines()[-1]))
+def looped(folder: Path, how: How) -> float:
+    return float(json.loads(run(__file__, "--loop", str(folder / "data"), *how.options).splitlines()[-1]))
 
 
-def hand_written(data: Path) -> float:
+def hand_written(data: Path, how: How) -> float:
     """Seconds a step of the loop, from the same step on."""
     import torch
     import torch.distributed as dist
@@ -153,26 +171,33 @@ def hand_written(data: Path) -> float:
             deep = self.deep(torch.cat([vectors.flatten(1), numbers], dim=1))[:, 0]
             return deep + self.wide(numbers)[:, 0] + first + pairs
 
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    device, backend = torch.device(how.device), "nccl" if how.device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     network = DeepFM()
     settings = {"lr": 0.02, "eps": 1e-8}
     apply_optimizer_in_backward(RowWiseAdagrad, network.tables.parameters(), settings)
-    model = DistributedModelParallel(network, device=torch.device("cpu"))
+    model = DistributedModelParallel(network, device=device)
     dense = [value for name, value in model.named_parameters() if not name.startswith("tables")]
     optimizer, loss_of = torch.optim.Adam(dense, lr=1e-3), nn.BCEWithLogitsLoss()
-    for step, (ids, numbers, labels) in enumerate(in_a_thread(read(data / "train", list(tables))), start=1):
+    for step, (ids, numbers, labels) in enumerate(
+        in_a_thread(read(data / "train", list(tables), batch_size=how.batch_size)), start=1
+    ):
         lengths = torch.ones(ids.size, dtype=torch.int32)
-        keyed = KeyedJaggedTensor(list(tables), torch.from_numpy(ids).reshape(-1), lengths=lengths)
-        loss = loss_of(model(keyed, torch.from_numpy(numbers)), torch.from_numpy(labels))
+        keyed = KeyedJaggedTensor(list(tables), torch.from_numpy(ids).reshape(-1), lengths=lengths).to(device)
+        with torch.autocast(how.device, dtype=torch.bfloat16, enabled=how.precision == "bf16"):
+            logits = model(keyed, torch.from_numpy(numbers).to(device))
+        loss = loss_of(logits.float(), torch.from_numpy(labels).to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step == FIRST_STEP:
+            float(loss.detach())  # waits for the device
             began = time.perf_counter()
+    float(loss.detach())
     return (time.perf_counter() - began) / (step - FIRST_STEP)
 
 
-def read(folder: Path, names: list[str]) -> Iterator[Any]:
+def read(folder: Path, names: list[str], *, batch_size: int) -> Iterator[Any]:
     """Ids [F, B], numbers [B, N] and labels [B] of whole batches."""
     draw, kept = np.random.default_rng(0), None
     for path in sorted(folder.glob("*.parquet")):
@@ -189,9 +214,9 @@ def read(folder: Path, names: list[str]) -> Iterator[Any]:
                     np.concatenate([kept[1], parts[1]]),
                     np.concatenate([kept[2], parts[2]]),
                 )
-            whole = len(parts[2]) - len(parts[2]) % BATCH
-            for low in range(0, whole, BATCH):
-                rows = slice(low, low + BATCH)
+            whole = len(parts[2]) - len(parts[2]) % batch_size
+            for low in range(0, whole, batch_size):
+                rows = slice(low, low + batch_size)
                 yield np.ascontiguousarray(parts[0][:, rows]), parts[1][rows], parts[2][rows]
             kept = (parts[0][:, whole:], parts[1][whole:], parts[2][whole:])
 
