@@ -138,17 +138,13 @@ def looped(folder: Path, how: How) -> float:
     return float(json.loads(run(__file__, "--loop", str(folder / "data"), *how.options).splitlines()[-1]))
 
 
-def hand_written(data: Path, how: How) -> float:
-    """Seconds a step of the loop, from the same step on."""
+def sharded_deepfm(tables: dict[str, int], device: Any) -> Any:
+    """DeepFM under DistributedModelParallel, its tables moved in the backward pass."""
     import torch
-    import torch.distributed as dist
     from torch import Tensor, nn
-    from torch._C._distributed_c10d import HashStore
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
     from torchrec.distributed import DistributedModelParallel
     from torchrec.optim import RowWiseAdagrad, apply_optimizer_in_backward
-
-    tables = {table["name"]: table["rows"] for table in json.loads((data / "schema.json").read_text())["tables"]}
 
     class DeepFM(nn.Module):
         """First-order weights are the last columns of the rows."""
@@ -171,12 +167,23 @@ def hand_written(data: Path, how: How) -> float:
             deep = self.deep(torch.cat([vectors.flatten(1), numbers], dim=1))[:, 0]
             return deep + self.wide(numbers)[:, 0] + first + pairs
 
+    network = DeepFM()
+    apply_optimizer_in_backward(RowWiseAdagrad, network.tables.parameters(), {"lr": 0.02, "eps": 1e-8})
+    return DistributedModelParallel(network, device=device)
+
+
+def hand_written(data: Path, how: How) -> float:
+    """Seconds a step of the loop, from the same step on."""
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch._C._distributed_c10d import HashStore
+    from torchrec import KeyedJaggedTensor
+
+    tables = {table["name"]: table["rows"] for table in json.loads((data / "schema.json").read_text())["tables"]}
     device, backend = torch.device(how.device), "nccl" if how.device == "cuda" else "gloo"
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    network = DeepFM()
-    settings = {"lr": 0.02, "eps": 1e-8}
-    apply_optimizer_in_backward(RowWiseAdagrad, network.tables.parameters(), settings)
-    model = DistributedModelParallel(network, device=device)
+    model = sharded_deepfm(tables, device)
     dense = [value for name, value in model.named_parameters() if not name.startswith("tables")]
     optimizer, loss_of = torch.optim.Adam(dense, lr=1e-3), nn.BCEWithLogitsLoss()
     for step, (ids, numbers, labels) in enumerate(

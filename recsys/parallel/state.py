@@ -1,5 +1,7 @@
 """Saves and loads tensors with torch.distributed.checkpoint; what was saved by some ranks loads on any number."""
 
+import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
+from torch.distributed.remote_device import _remote_device
 from torch.optim import Optimizer
 from torchrec.distributed.types import Shard, ShardedTensor
 
@@ -68,9 +72,16 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _copied(part) for name, part in value.items()}
     if isinstance(value, ShardedTensor):
-        shards = [Shard(_in_host_memory(shard.tensor), shard.metadata) for shard in value.local_shards()]
-        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, value.metadata())
+        metadata = copy.copy(value.metadata())
+        metadata.shards_metadata = [_on_cpu(place) for place in metadata.shards_metadata]
+        shards = [Shard(_in_host_memory(shard.tensor), _on_cpu(shard.metadata)) for shard in value.local_shards()]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata)
     return _in_host_memory(value)
+
+
+def _on_cpu(place: ShardMetadata) -> ShardMetadata:
+    rank = place.placement.rank()  # type: ignore[union-attr]  # torchrec always says where a shard lies
+    return dataclasses.replace(place, placement=_remote_device(f"rank:{rank}/cpu"))
 
 
 def _in_host_memory(value: Tensor) -> Tensor:
