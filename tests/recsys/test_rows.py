@@ -127,9 +127,11 @@ class Plain:
 class Trained:
     """The network behind TorchRec, as the trainer drives it."""
 
-    def __init__(self, config: ModelConfig, embedding: Embedding, *, schema: Schema, world: World) -> None:
+    def __init__(
+        self, config: ModelConfig, embedding: Embedding, *, schema: Schema, world: World, std: float = 0.5
+    ) -> None:
         self.schema, self.device = schema, world.device
-        network = network_of(config, schema, dim=embedding.dim)
+        network = network_of(config, schema, dim=embedding.dim, std=std)
         self.sharded: Sharded = shard(network, embedding, world=world, seed=SEED)
         self.optimizer = dense_optimizer(self.sharded.model, HEAD, linear=None)
 
