@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt cov bench chaos clean
+.PHONY: help setup demo test lint cudf fmt cov bench chaos clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
@@ -36,6 +36,12 @@ lint: setup  ## check style, types, import directions and budgets
 	@.venv/bin/lint-imports --no-logo
 	@$(PYTHON_VENV) -m pytest -q tests/test_architecture.py
 
+cudf:  ## check that cudf-polars knows the ETL's queries: an environment of its own, 2 GB, no GPU needed
+	@[ -x .venv-cudf/bin/pytest ] || { $${PYTHON:-python3.11} -m venv .venv-cudf && \
+	    .venv-cudf/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes \
+	    -r requirements/cudf-polars.lock; }
+	@.venv-cudf/bin/python -m pytest $(ARGS) tests/etl/test_device.py
+
 fmt: setup  ## format, and mend what can be mended
 	@$(PYTHON_VENV) -m ruff check --fix .
 	@$(PYTHON_VENV) -m ruff format .
@@ -55,5 +61,5 @@ chaos: setup  ## kill training 100 times at random: the same end each time, and 
 	@$(PYTHON_VENV) benchmarks/chaos.py $(ARGS)
 
 clean:  ## remove .venv, out/ and caches
-	rm -rf .venv .setup.lock out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf .venv .venv-cudf .setup.lock out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

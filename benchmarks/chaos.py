@@ -66,6 +66,7 @@ checkpoint_every_steps = 4
 eval_every_steps = 15
 dead_after_s = 8
 """
+CONTEXT = multiprocessing.get_context("forkserver")
 Process = multiprocessing.process.BaseProcess
 
 
@@ -106,34 +107,29 @@ def parse_arguments() -> argparse.Namespace:
 
 def chaos(place: Place, arguments: argparse.Namespace) -> dict[str, int]:
     write_data(place)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recsys.train", "recsys.cli"])
+    CONTEXT.set_forkserver_preload(["recsys.train", "recsys.cli"])
     began = time.monotonic()
-    ranks = start(context, place, "alone")  # loads torch
+    ranks = start(place, "alone")  # loads torch
     wait(ranks, arguments.patience)
     shutil.rmtree(place.run("alone"))
     loaded = time.monotonic()
-    wait(start(context, place, "alone"), arguments.patience)
-    length, wanted = time.monotonic() - loaded, outcome(context, place, "alone")
+    wait(start(place, "alone"), arguments.patience)
+    length, wanted = time.monotonic() - loaded, outcome(place, "alone")
     print(f"a run takes {length:.1f} s, the first one {loaded - began:.1f} s; {len(wanted['lines'])} lines logged")
     draw, identical, hangs = random.Random(arguments.seed), 0, 0
     for at in range(arguments.kills):
         name, victim, moment = f"killed-{at}", draw.randrange(RANKS), draw.random() * length
-        hung, reached = kill_and_continue(
-            context, place, name, victim=victim, moment=moment, patience=arguments.patience
-        )
-        same = not hung and outcome(context, place, name) == wanted
+        hung, reached = kill_and_continue(place, name, victim=victim, moment=moment, patience=arguments.patience)
+        same = not hung and outcome(place, name) == wanted
         hangs, identical = hangs + hung, identical + same
         print(f"{at + 1:3}: rank {victim} killed after {moment:5.2f} s, {reached}: {'identical' if same else 'OTHER'}")
         shutil.rmtree(place.run(name), ignore_errors=True)
     return {"kills": arguments.kills, "identical": identical, "hangs": hangs}
 
 
-def kill_and_continue(
-    context: Any, place: Place, name: str, *, victim: int, moment: float, patience: float
-) -> tuple[bool, str]:
+def kill_and_continue(place: Place, name: str, *, victim: int, moment: float, patience: float) -> tuple[bool, str]:
     """Whether something hung, and how far the first try came."""
-    ranks = start(context, place, name)
+    ranks = start(place, name)
     time.sleep(moment)
     with contextlib.suppress(ProcessLookupError):
         os.kill(ranks[victim].pid or 0, signal.SIGKILL)
@@ -145,14 +141,17 @@ def kill_and_continue(
     saved = sorted(int(path.name[5:]) for path in (place.run(name) / "checkpoints").glob("step-*"))
     ended = (place.run(name) / "result.json").exists()
     reached = "ended" if ended else f"step {saved[-1]} saved" if saved else "nothing saved"
-    return wait(start(context, place, name), patience) > 0 or hung, reached
+    return wait(start(place, name), patience) > 0 or hung, reached
 
 
-def start(context: Any, place: Place, name: str) -> list[Process]:
+def start(place: Place, name: str) -> list[Process]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [context.Process(target=train_as, args=(rank, port, place, name), daemon=True) for rank in range(RANKS)]
+    ranks = [
+        CONTEXT.Process(target=train_as, args=(place, name), kwargs={"rank": rank, "port": port}, daemon=True)
+        for rank in range(RANKS)
+    ]
     for rank in ranks:
         rank.start()
     return ranks
@@ -170,7 +169,7 @@ def wait(ranks: list[Process], patience: float) -> int:
     return hanging
 
 
-def train_as(rank: int, port: int, place: Place, name: str) -> None:
+def train_as(place: Place, name: str, *, rank: int, port: int) -> None:
     """One rank, as torchrun would start it; what it says goes to a file."""
     from recsys.cli import app
 
@@ -183,10 +182,10 @@ def train_as(rank: int, port: int, place: Place, name: str) -> None:
     app(["train", str(place.experiment), "--run", str(place.run(name)), "--data", str(place.data)])
 
 
-def outcome(context: Any, place: Place, name: str) -> dict[str, Any]:
+def outcome(place: Place, name: str) -> dict[str, Any]:
     """What has to be the same; an empty one where there is no result."""
-    receiver, sender = context.Pipe(duplex=False)
-    reader = context.Process(target=read_outcome, args=(place.run(name), sender))
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    reader = CONTEXT.Process(target=read_outcome, args=(place.run(name), sender))
     reader.start()
     reader.join()
     found: dict[str, Any] = receiver.recv() if receiver.poll() else {}

@@ -63,7 +63,7 @@ NVTABULAR = f"""
 import os, warnings
 warnings.simplefilter("ignore")
 import dask
-dask.config.set({{"dataframe.convert-string": False}})
+dask.config.set({{"dataframe.convert-string": False, "dataframe.query-planning": False}})
 import nvtabular as nvt
 from nvtabular import ops
 from pathlib import Path

@@ -81,6 +81,7 @@ optimizer = "{size.optimizer}"
         tasks=(TaskColumn(name="click", positive_rate=0.5),),
     )
     rng, data = np.random.default_rng(0), folder / "data"
+    (data / "transform").mkdir(parents=True)
     for split, rows in SPLITS.items():
         (data / split).mkdir(parents=True)
         columns: dict[str, Any] = {name: rng.integers(0, size.rows, rows) for name in ids}

@@ -56,9 +56,9 @@ name = "serving"
 seed = 1
 [data]
 format = "parquet"
-train = ["raw/day_0.parquet"]
-valid = ["raw/day_1.parquet"]
-test = ["raw/day_2.parquet"]
+train = ["{folder}/raw/day_0.parquet"]
+valid = ["{folder}/raw/day_1.parquet"]
+test = ["{folder}/raw/day_2.parquet"]
 [[tasks]]
 name = "label"
 [[features]]
@@ -120,7 +120,7 @@ def main() -> None:
         folder = Path(scratch)
         bundle = make_bundle(folder, table_rows=26_000 if options.quick else 3_000_000, dense="fp32")
         half = make_bundle(folder, table_rows=0, dense="bf16") if has_bfloat16() else None
-        figures = compare(folder, bundle, half, rounds=rounds, seconds=seconds)
+        figures = compare(folder, bundle, half=half, rounds=rounds, seconds=seconds)
         figures |= recovery(folder, bundle)
     print(json.dumps(figures))
 
@@ -130,7 +130,9 @@ def make_bundle(folder: Path, *, table_rows: int, dense: str) -> Path:
     bundle = folder / f"bundle-{dense}"
     if table_rows:
         ids, numbers = [f"C{at}" for at in range(1, 27)], [f"I{at}" for at in range(1, 14)]
-        text = EXPERIMENT.format(ids=json.dumps(ids), numbers=json.dumps(numbers), hash_rows=table_rows // 26)
+        text = EXPERIMENT.format(
+            folder=folder, ids=json.dumps(ids), numbers=json.dumps(numbers), hash_rows=table_rows // 26
+        )
         (folder / "serving.toml").write_text(text, encoding="utf-8")
         command(folder, "etl", "synth", "raw", "--rows", "24000", "--days", "3", "--seed", "1", "--format", "parquet")
         command(folder, "etl", "run", "serving.toml", "--out", "data")
@@ -155,7 +157,7 @@ def has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def compare(folder: Path, bundle: Path, half: Path | None, *, rounds: int, seconds: float) -> dict[str, float | None]:
+def compare(folder: Path, bundle: Path, *, half: Path | None, rounds: int, seconds: float) -> dict[str, float | None]:
     """Ratios of medians over the rounds."""
     packed = packed_rows(bundle, read_bundle(bundle))
     whole, program = in_process(bundle, packed, rows=512)

@@ -30,6 +30,8 @@ from etl.experiment_file import parse
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
 from recsys.data import Batch
 from recsys.experiment import Experiment
+from recsys.learner import dense_optimizer
+from recsys.loss import mean_loss
 from recsys.network import Network, build_network, init_rows
 from recsys.optim import start_states, state_count, update
 from recsys.parallel.pipeline import IdsAhead
@@ -37,7 +39,6 @@ from recsys.parallel.shard import Sharded, shard
 from recsys.parallel.world import World, mean_over_ranks, open_world
 from recsys.placement import COLUMN_SHARDINGS
 from recsys.progress import quiet_libraries
-from recsys.train import dense_optimizer, mean_loss
 
 CUTS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
 SHARDINGS = (*CUTS, "data_parallel", "mixed")
@@ -176,7 +177,6 @@ def fill(network: Network, experiment: Experiment) -> None:
 
 
 def embedding_of(optimizer: str, sharding: str, *, rows: dict[str, int], dim: int) -> dict[str, Any]:
-    """Small steps of tables around 0.1, so that losses move."""
     tables = {name: {"sharding": MIXED[at % len(MIXED)]} for at, name in enumerate(rows)}
     chosen = {"tables": tables} if sharding == "mixed" else {"sharding": sharding}
     return {"dim": dim, "init_std": 0.1, "optimizer": optimizer} | OPTIMIZERS[optimizer] | chosen

@@ -7,7 +7,7 @@ random times (Poisson) whether or not the server keeps up, and each waits from i
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Semaphore
@@ -87,7 +87,8 @@ def load_server(url: str, requests: Sequence[bytes], *, rows: int, load: Load, s
         seconds = time.perf_counter() - begin
         cpu_s = _cpu_seconds(pid) - before_s
     if not latencies:
-        raise Fault(url, got=str(errors[:1]), wanted="answers", remedy="try 'deploy verify' first")
+        remedy = "send what the server takes, see 'deploy bench --help'"
+        raise Fault(url, got=errors[0] if errors else "no answer", wanted="answers", remedy=remedy)
     return _measured(side, latencies, failed=len(errors), rows=rows, seconds=seconds, cpu_s=cpu_s if pid else None)
 
 
@@ -130,7 +131,7 @@ def _closed(call: Any, requests: Sequence[bytes], *, load: Load) -> tuple[list[f
                 call(requests[at % len(requests)], timeout=_DEADLINE_S)
                 latencies.append(time.perf_counter() - start)
             except grpc.RpcError as error:
-                errors.append(str(error))
+                errors.append(str(error.details()))
             at += load.clients
         return latencies, errors
 
@@ -159,15 +160,13 @@ def _open(call: Any, requests: Sequence[bytes], *, load: Load) -> tuple[list[flo
     return latencies, errors
 
 
-def _note(
-    due: float, *, latencies: list[float], errors: list[str], free: Semaphore
-) -> "Callable[[Future[bytes]], None]":
-    def done(answer: "Future[bytes]") -> None:
+def _note(due: float, *, latencies: list[float], errors: list[str], free: Semaphore) -> Callable[[Any], None]:
+    def done(answer: Any) -> None:
         error = answer.exception()
         if error is None:
             latencies.append(time.perf_counter() - due)
         else:
-            errors.append(str(error))
+            errors.append(str(answer.details()))
         free.release()
 
     return done

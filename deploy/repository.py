@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -26,6 +26,7 @@ CANDIDATE = f"{MODEL}-candidate"
 REPOSITORY = "repository.json"
 _CONFIG = "config.pbtxt"
 _LAYOUT = 2
+_LINKED_BYTES = 1 << 20
 
 
 class Repository:
@@ -156,7 +157,7 @@ def locked(folder: Path) -> Iterator[Repository]:
 
 
 def copy_bundle(bundle_dir: Path, target: Path, *, bundle: Bundle) -> None:
-    """The bundle's files at `target`, as hard links where the file system has them; whole or not at all."""
+    """The bundle's files at `target`, large ones as hard links where the file system has them; whole or not at all."""
     with new_folder(target, marker=MARKER) as folder:
         for name in (*bundle.files, MARKER):
             _link(bundle_dir / name, folder / name)
@@ -234,8 +235,10 @@ def config_text(config: pb.ModelConfig) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
+    """A copy does not change with its source: what is small gets one."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    if source.stat().st_size >= _LINKED_BYTES:
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)

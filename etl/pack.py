@@ -61,11 +61,15 @@ def encode(raw: pa.Table, transform: Transform, *, place: str) -> Encoded:
         wanted = f"the columns {', '.join(f'{name} ({dtype})' for name, dtype in transform.signature.columns.items())}"
         raise Fault(place, got=str(error), wanted=wanted, remedy="mend the rows or the feature") from None
     with np.errstate(over="ignore"):  # it becomes infinity
-        encoded = transform.apply(packed)
-    finite = np.isfinite(encoded.floats)
-    if not finite.all():
-        row, at = np.argwhere(~finite)[0]
-        got = f"feature '{transform.float_names[at]}' leaves the range of float32 at row {row}"
+        return finite(transform.apply(packed), transform, place=place)
+
+
+def finite(encoded: Encoded, transform: Transform, *, place: str) -> Encoded:
+    """The encoded rows. Raises Fault, with `place`, where float32 can't hold a number."""
+    fits = np.isfinite(encoded.floats)
+    if not fits.all():
+        row, at = np.argwhere(~fits)[0]
+        got = f"feature '{_float_names(transform)[at]}' leaves the range of float32 at row {row}"
         raise Fault(place, got=got, wanted="finite inputs", remedy="mend the row, or set 'clip' or 'log1p'")
     return encoded
 
@@ -75,6 +79,13 @@ def _without_nan(array: pa.Array) -> pa.Array:
     if not pa.types.is_floating(array.type):
         return array
     return pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+
+
+def _float_names(transform: Transform) -> list[str]:
+    """The feature behind each column of `Encoded.floats`."""
+    valued = [step for step in transform.features if step["kind"] == "field" or step.get("weights")]
+    slots = [step["name"] for step in valued for _ in range(transform.signature.slots.get(step["column"], 1))]
+    return [step["name"] for step in transform.dense] + slots
 
 
 def _as_numbers(array: pa.Array) -> pa.Array:

@@ -15,18 +15,17 @@ import pyarrow.parquet as pq
 from polars.exceptions import PolarsError
 
 from etl.artifact import Json, new_folder, read_json, sha256, write_json
-from etl.engines.polars import fit
+from etl.engines import Encode, Engine, Fitted, open_engine
 from etl.extend import Parent, extends, record
 from etl.faults import Fault
 from etl.folds import OutOfFold
 from etl.formats import files
-from etl.pack import encode
-from etl.schema import GROUP, DenseFeature, IdFeature, Schema, Table, TaskColumn
+from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
 from etl.spec import FeatureSpec, Task
 from etl.splits import SPLITS
 from etl.stage import stage
 from etl.transform import Encoded, Transform
-from etl.typed import Report, Typed, typed_files
+from etl.typed import Report, Typed, of_size, typed_files
 
 Part = TypeVar("Part")
 Done = TypeVar("Done")
@@ -40,13 +39,13 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     Raises:
         Fault: whatever is wrong with the raw files or a column; an old folder stays as it was.
     """
-    with new_folder(out, marker="manifest.json") as folder:
+    with new_folder(out, marker="manifest.json") as folder, open_engine(spec.etl, beside=folder) as engine:
         (raw := folder / "raw").mkdir()
         typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
-        rows = typed["train"].labels.rows
-        report("fit train", 0, total=rows)
-        state, features, tables = _fit(spec, typed["train"], folder=folder, parent=parent)
-        report("fit train", rows, total=rows)
+        train_rows = typed["train"].labels.rows
+        report("fit train", 0, total=train_rows)
+        state, features, tables = _fit(spec, typed["train"], engine=engine, folder=folder, parent=parent)
+        report("fit train", train_rows, total=train_rows)
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),
@@ -57,10 +56,11 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         )
         schema.write(folder)
         transform, stats = Transform.load(folder / "transform"), {}
-        for split, rows in typed.items():
+        for split, part in typed.items():
             (folder / split).mkdir()
-            counted = _encode(spec, rows, transform=transform, schema=schema, folder=folder / split, report=report)
-            stats[split] = counted | {"label_rate": rows.labels.rates, "label_parts": rows.labels.parts}
+            encode = engine.encoder(split, part, transform=transform)
+            counted = _encode(spec, part, encode=encode, schema=schema, folder=folder / split, report=report)
+            stats[split] = counted | {"label_rate": part.labels.rates, "label_parts": part.labels.parts}
         shutil.rmtree(raw)
         manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
         manifest |= record(spec, parent, tables=tables)
@@ -69,12 +69,10 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     return manifest
 
 
-def _fit(
-    spec: FeatureSpec, train: Typed, *, folder: Path, parent: Parent | None
-) -> tuple[Json, list[IdFeature], list[Table]]:
+def _fit(spec: FeatureSpec, train: Typed, *, engine: Engine, folder: Path, parent: Parent | None) -> Fitted:
     """Fits the transform. Of rows that can't be fitted, a fault of the rows themselves comes first."""
     try:
-        return fit(spec, train.columns, transform=folder / "transform", parent=parent)
+        return engine.fit(spec, train, transform=folder / "transform", parent=parent)
     except (Fault, PolarsError):
         for _ in train.batches():
             pass
@@ -122,25 +120,24 @@ def _column(matrix: npt.NDArray[Any], *, filled: npt.NDArray[np.bool_], dtype: s
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
 
 
-def _encode(
-    spec: FeatureSpec, rows: Typed, *, transform: Transform, schema: Schema, folder: Path, report: Report
-) -> Json:
+def _encode(spec: FeatureSpec, rows: Typed, *, encode: Encode, schema: Schema, folder: Path, report: Report) -> Json:
     """Writes one split's shards in row order into its folder; counts rows, missing and unseen values by feature."""
-    split = folder.name
-    names = [step["name"] for step in transform.features]
+    split, raw_columns = folder.name, list(spec.raw_columns())
+    names = [feature.name for feature in schema.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
-    out_of_fold = OutOfFold.load(folder.parent) if split == "train" else OutOfFold({}, transform.signature)
+    out_of_fold = OutOfFold.load(folder.parent) if split == "train" else None
     shards = _Shards(folder, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
 
     def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
         first, batch = part
-        raw = pa.Table.from_batches([batch]).select(list(transform.signature.columns))
-        encoded = encode(raw, transform, place=f"{split} rows {first + 1} to {first + batch.num_rows}")
-        columns = encoded_columns(encoded, schema) | out_of_fold.columns(raw, first_row=first)
+        raw = pa.Table.from_batches([batch]).select(raw_columns)
+        encoded = encode(raw, first)
+        columns = encoded_columns(encoded, schema)
+        columns |= out_of_fold.columns(raw, first_row=first) if out_of_fold else {}
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
         return encoded, pa.table(columns | ({GROUP: batch[GROUP]} if spec.data.group else {}))
 
-    batches = _of_size(rows.batches(), rows=spec.etl.rows_per_group)
+    batches = of_size(rows.batches(), rows=spec.etl.rows_per_group)
     for encoded, table in _in_order(encoded_rows, _numbered(batches)):
         missing += encoded.missing
         unseen += encoded.unseen
@@ -149,26 +146,6 @@ def _encode(
     shards.close()
     counts = zip(names, missing.tolist(), unseen.tolist(), strict=True)
     return {"rows": shards.rows, "features": {name: {"missing": m, "unseen": u} for name, m, u in counts}}
-
-
-def _of_size(batches: Iterable[pa.RecordBatch], *, rows: int) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of this size; the last one may be smaller."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        while batch.num_rows:
-            head = batch.slice(0, rows - sum(part.num_rows for part in waiting))
-            batch = batch.slice(head.num_rows)
-            waiting.append(head)
-            if sum(part.num_rows for part in waiting) == rows:
-                yield _joined(waiting)
-                waiting = []
-    if waiting:
-        yield _joined(waiting)
-
-
-def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """One batch, of at least one."""
-    return batches[0] if len(batches) == 1 else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
 def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -107,9 +107,21 @@ class Task(Section):
 class Etl(Section):
     """How the job runs."""
 
-    engine: Literal["polars"] = Field("polars", description="polars: streaming on CPU")
+    engine: Literal["polars", "nvtabular"] = Field(
+        "polars", description="polars: streaming on CPU; nvtabular: on pandas or cuDF, also on several machines"
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", exclude=True, description="cuda: cudf-polars, or cuDF for nvtabular")
+    scheduler: str | None = Field(
+        None, exclude=True, pattern=r"^\w+://", description="nvtabular: address of a Dask scheduler, tcp://host:8786"
+    )
     rows_per_shard: int = Field(1_000_000, ge=1, description="rows of one parquet shard")
     rows_per_group: int = Field(65_536, ge=1, description="rows of one parquet row group, the unit of reading")
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> "Etl":
+        if self.engine != "nvtabular" and self.scheduler:
+            raise ValueError("'scheduler' belongs to engine = 'nvtabular'")
+        return self
 
 
 class FeatureSpec(Section):

@@ -201,13 +201,6 @@ class Transform:
         encodings = {n: encoding(folder / "encoding" / f"{n}.parquet", other=other) for n, other in others.items()}
         return cls(state, vocabularies, encodings=encodings)
 
-    @property
-    def float_names(self) -> list[str]:
-        """The feature behind each column of `Encoded.floats`."""
-        valued = [step for step in self.features if step["kind"] == "field" or step.get("weights")]
-        slots = [step["name"] for step in valued for _ in range(self.signature.slots.get(step["column"], 1))]
-        return [step["name"] for step in self.dense] + slots
-
     def apply(self, packed: Packed) -> Encoded:
         """Packed rows [B, ...] that passed `check` to ids [B, S] and floats [B, N]; never fails."""
         keys: dict[str, Int64s] = {}
@@ -268,15 +261,12 @@ class Transform:
     def check(self, packed: Packed) -> None:
         """Raises ValueError naming the column: NaN or infinity, or an id without a weight or a weight without an id."""
         check_numbers(packed.numbers, self.signature.packed_names(self.signature.numbers))
-        for step in self.features:
-            if not step.get("weights"):
-                continue
+        for step in [step for step in self.features if step.get("weights")]:
             absent = packed.numbers[:, self._number_places[step["weights"]]] == MISSING_NUMBER
             odd = absent != (packed.keys[:, self._key_places[step["column"]]] == NO_KEY)
             if odd.any():
-                row = int(np.argwhere(odd)[0][0])
-                columns = f"columns '{step['column']}' and '{step['weights']}'"
-                raise ValueError(f"{columns} have lists of different lengths, or a null weight, at row {row}")
+                what = f"columns '{step['column']}' and '{step['weights']}' have lists of different lengths"
+                raise ValueError(f"{what}, or a null weight, at row {np.argwhere(odd)[0][0]}")
 
 
 def bucket_keys(numbers: Float64s, boundaries: Sequence[float]) -> Int64s:

@@ -170,14 +170,34 @@ _POLARS = {"string": pl.String, "int64": pl.Int64, "float64": pl.Float64}
 
 def _scan(spec: FeatureSpec, paths: Sequence[Path]) -> pl.LazyFrame:
     """The features' columns and the labels, as they would be staged; what doesn't fit is null, the encoder's fault."""
-    columns = []
+    rows = pl.scan_parquet(list(paths), extra_columns="ignore", glob=False, hive_partitioning=False)
+    columns, kinds = [], rows.collect_schema()
     for name, dtype in spec.file_columns().items():
         inner = _POLARS[inner_type(dtype)]
         kind = pl.List(inner) if dtype != inner_type(dtype) else inner
-        column = pl.col(name).cast(kind, strict=False)
+        column = pl.col(name) if kinds[name] == kind else pl.col(name).cast(kind, strict=False)
         columns.append(column.fill_nan(None) if dtype == "float64" else column)
     for task in spec.tasks:
         one = pl.col(task.label).is_in(task.positive) if task.positive else pl.col(task.label)
         columns.append(one.cast(pl.Float32).alias(f"label:{task.name}"))
-    rows = pl.scan_parquet(list(paths), extra_columns="ignore", glob=False, hive_partitioning=False)
     return rows.select(columns)
+
+
+def of_size(batches: Iterable[pa.RecordBatch], *, rows: int) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of this size; the last one may be smaller."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        while batch.num_rows:
+            head = batch.slice(0, rows - sum(part.num_rows for part in waiting))
+            batch = batch.slice(head.num_rows)
+            waiting.append(head)
+            if sum(part.num_rows for part in waiting) == rows:
+                yield _joined(waiting)
+                waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """One batch, of at least one."""
+    return batches[0] if len(batches) == 1 else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]

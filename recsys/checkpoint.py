@@ -28,7 +28,8 @@ class Progress(BaseModel):
     """Where training stands. `position` counts the epoch's rows taken by all ranks, `rows` those of the whole run.
 
     `without_gain` counts evaluations since the best one, `cuts` how often the learning rates were lowered and
-    `since_cut` evaluations without a gain since the last time.
+    `since_cut` evaluations without a gain since the last time. `usual_loss` is rank 0's running mean;
+    `loss_sum` the sum of the losses of `loss_steps` steps that are in no line of metrics.jsonl yet.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,6 +45,9 @@ class Progress(BaseModel):
     without_gain: int = 0
     cuts: int = 0
     since_cut: int = 0
+    usual_loss: float | None = None
+    loss_sum: float = 0.0
+    loss_steps: int = 0
     finished: bool = False
 
 

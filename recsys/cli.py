@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,9 +66,12 @@ def train(
         from recsys.progress import quiet_libraries, watch
 
         quiet_libraries()
+        from recsys.machine import slow_precision
         from recsys.train import train as run_training
 
         found = _load(experiment, set_)
+        if note := slow_precision(found.train):
+            print(note, file=sys.stderr)
         out = Path("out") / found.name
         run = run or out / "run"
         with watch() as report:

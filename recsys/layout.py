@@ -46,6 +46,13 @@ class Run(NamedTuple):
         )
 
 
+def _joined(parts: Sequence[Tensor], *, none: Tensor) -> Tensor:
+    """The parts side by side, without a copy where there is one alone."""
+    if len(parts) > 1:
+        return torch.cat(list(parts), dim=1)
+    return parts[0] if parts else none
+
+
 def _mean_values(values_BL: Tensor) -> Tensor:
     """Values that sum to 1; what is not positive does not take part, and an empty bag stays 0."""
     positive_BL = values_BL.clamp(min=0)
@@ -127,10 +134,10 @@ class Layout:
         linear += [self._weight(run, weights_BS, ids_BS=ids_BS, floats_BN=floats_BN) for run in self.weights]
         none_BFK, none_BL = rows_BSW[:, :0, :dim], floats_BN[:, :0]
         return Inputs(
-            torch.cat(fields, dim=1) if fields else none_BFK,
-            torch.cat(linear, dim=1) if linear else none_BL,
+            _joined(fields, none=none_BFK),
+            _joined(linear, none=none_BL),
             floats_BN[:, : self.sizes.dense],
-            torch.cat(entries, dim=1) if entries else none_BFK,
+            _joined(entries, none=none_BFK),
             tuple(sequences),
             tuple(masks),
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from etl.schema import Schema
+from recsys.clock import Clock
 from recsys.data import Batch
 from recsys.experiment import Experiment, Train
 from recsys.loss import head_penalty, mean_loss, penalised_layers
@@ -26,10 +27,14 @@ class Learner:
     def __init__(self, experiment: Experiment, schema: Schema, *, world: World) -> None:
         self.settings, self.world = experiment.train, world
         self.network = build_network(experiment, schema, table_device="meta")
-        self.sharded = shard(self.network, experiment.embedding, world=world, seed=experiment.seed)
+        self.sharded = shard(
+            self.network, experiment.embedding, world=world, seed=experiment.seed, batch_size=self.settings.batch_size
+        )
         self.model = self.sharded.model
         self.optimizer = dense_optimizer(self.model, self.settings, linear=experiment.embedding.linear)
         self.penalised = penalised_layers(self.network.head, self.settings.layer_l2)
+        self.clock = Clock()
+        self.clock.watch(tables=self._network().tables, head=self.network.head)
         self.task_weights_T = torch.tensor([task.weight for task in schema.tasks], device=world.device)
 
     def update(self, batch: Batch, *, step: int, guard: Guard) -> Tensor:
@@ -37,12 +42,15 @@ class Learner:
 
         Returns this rank's logloss. `guard` sees each scored batch before anything moves.
         """
+        self.clock.lap("data")
         self.sharded.begin_step(step)
         self.optimizer.zero_grad()
         logloss = self._backward(batch, guard) if self.settings.accumulate == 1 else self._in_parts(batch, guard)
+        self.clock.lap("sparse")
         if self.settings.clip_norm:
             clip_grad_norm_(self._dense_parameters(), self.settings.clip_norm)
         self.optimizer.step()
+        self.clock.lap("dense")
         return logloss
 
     def set_rate(self, factor: float) -> None:
@@ -57,6 +65,7 @@ class Learner:
         logloss, loss = self._losses(scored, batch)
         if (penalty := head_penalty(self.network.head, self.penalised)) is not None:
             loss = loss + penalty
+        self.clock.lap("forward")
         loss.backward()  # type: ignore[no-untyped-call]
         return logloss.detach()
 
@@ -72,6 +81,7 @@ class Learner:
                 scored = network.score(leaf_BD, ids_BS=part.ids_BS, floats_BN=part.floats_BN)
             guard(scored, part)
             logloss, loss = self._losses(scored, part)
+            self.clock.lap("forward")
             loss.backward()  # type: ignore[no-untyped-call]
             total += logloss.detach()
         if (penalty := head_penalty(network.head, self.penalised)) is not None:

@@ -10,15 +10,16 @@ import torch
 from etl.artifact import Json, read_json, seed_of, write_json
 from etl.schema import Schema
 from recsys.checkpoint import Checkpoints, Progress, best
+from recsys.clock import memory_gb, milliseconds, own_work
 from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment
+from recsys.failure import LossGuard
 from recsys.learner import Learner
 from recsys.metrics import Metrics
 from recsys.models.fnn import FNNConfig
-from recsys.network import Scored
 from recsys.parallel.state import restore, restore_weights
-from recsys.parallel.world import World, average_buffers, barrier, mean_over_ranks, open_world
+from recsys.parallel.world import World, average_buffers, barrier, from_all, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
 from recsys.warm_start import start_from_fm
 
@@ -70,7 +71,8 @@ class Trainer:
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
         self.mine = Slice(world.rank, world.size, self.settings.batch_size * self.settings.accumulate)
         self.learner = Learner(experiment, schema, world=world)
-        self._loss, self._summed, self._saved_step = torch.zeros((), device=world.device), 0, -1
+        self.guard = LossGuard(self.learner, schema, rows=self.splits["train"], run=self.run)
+        self._loss, self._saved_step = torch.zeros((), device=world.device), -1
         self._began, self._seconds_before, self._rows_before = time.monotonic(), 0.0, 0
 
     def resume(self) -> None:
@@ -80,7 +82,7 @@ class Trainer:
         if found:
             folder, self.progress = found
             restore(folder, learner.sharded, optimizer=learner.optimizer)
-            self._saved_step = self.progress.step
+            self._saved_step, self.guard.usual = self.progress.step, self.progress.usual_loss
             self._set_rates()
         elif isinstance(self.experiment.model, FNNConfig) and (fm := self.experiment.model.init_from_fm):
             start_from_fm(learner.sharded, learner.network, schema=self.schema, run=Path(fm))
@@ -97,9 +99,10 @@ class Trainer:
         """One update of tables (inside the backward pass) and dense weights."""
         p = self.progress
         torch.manual_seed(seed_of(p.seed, p.step, self.world.rank))
-        self._loss += self.learner.update(batch.to(self.world.device), step=p.step + 1, guard=self._guard)
-        self._summed += 1
-        self._advance(step=p.step + 1, position=p.position + batch.global_rows, rows=p.rows + batch.global_rows)
+        self.guard.step = p.step + 1
+        self._loss += self.learner.update(batch.to(self.world.device), step=p.step + 1, guard=self.guard)
+        position, rows = p.position + batch.global_rows, p.rows + batch.global_rows
+        self._advance(step=p.step + 1, position=position, rows=rows, loss_steps=p.loss_steps + 1)
 
     def log_if_due(self) -> None:
         """Each `log_every_steps`: the mean loss since the last line."""
@@ -149,9 +152,6 @@ class Trainer:
         ended = self.progress.position >= self.splits["train"].rows
         return bool(every) and self.progress.step % (every or 1) == 0 and not ended
 
-    def _guard(self, scored: Scored, batch: Batch) -> None:
-        pass
-
     def _evaluate(self) -> bool:
         """Logs the validation metrics; whether they are the best so far."""
         metrics, _ = self._scores("valid")
@@ -179,27 +179,43 @@ class Trainer:
     def _scores(self, split: str) -> tuple[Metrics, Any]:
         average_buffers(self.learner.network.head)  # one model on all ranks, as it is saved
         rows, batch_size = self.splits[split], self.settings.batch_size
-        return evaluate_model(self.learner.model, rows, tasks=self.tasks, world=self.world, batch_size=batch_size)
+        scored = evaluate_model(self.learner.model, rows, tasks=self.tasks, world=self.world, batch_size=batch_size)
+        self.learner.clock.lap("evaluation")
+        return scored
 
     def _save(self) -> None:
         average_buffers(self.learner.network.head)
+        self._sum_losses()
+        self._advance(usual_loss=self.guard.usual)
         self.checkpoints.save(self.progress, sharded=self.learner.sharded, optimizer=self.learner.optimizer)
         self._saved_step = self.progress.step
+        self.learner.clock.lap("checkpoint")
 
     def _log(self, metrics: Metrics) -> None:
-        loss = mean_over_ranks(self._loss / max(self._summed, 1)) if self._summed else None
-        self._loss.zero_()
-        self._summed = 0
-        p = self.progress
-        record = {"step": p.step, "epoch": p.epoch, "rows": p.rows, "seconds": p.seconds, "loss": loss} | metrics
+        self._sum_losses()
+        p, laps = self.progress, self.learner.clock.read()
+        of_ranks = from_all((own_work(laps), memory_gb()))
+        record = {"step": p.step, "epoch": p.epoch, "rows": p.rows, "seconds": p.seconds} | metrics
+        record["loss"] = p.loss_sum / p.loss_steps if p.loss_steps else None
         if self.world.rank == 0:
-            self.lines.add({name: value for name, value in record.items() if value is not None})
+            work = [seconds for seconds, _ in of_ranks]
             seconds = max(p.seconds - self._seconds_before, 1e-9)
             record["rows_per_second"] = (p.rows - self._rows_before) / seconds
+            record |= milliseconds(laps, steps=p.loss_steps)
+            record |= {"memory_gb": max(memory for _, memory in of_ranks)}
+            record |= {"imbalance": max(work) * len(work) / sum(work)} if sum(work) else {}
+            self.lines.add({name: value for name, value in record.items() if value is not None})
             record["total_rows"] = self.splits["train"].rows * self.settings.epochs
             self.report(record)
+        self._advance(loss_sum=0.0, loss_steps=0)
+        self.learner.clock.lap("log")
 
-    def _advance(self, **changes: float | int | bool) -> None:
+    def _sum_losses(self) -> None:
+        """From each rank's device into the progress: at each line and each save, so also where one was killed."""
+        self._advance(loss_sum=self.progress.loss_sum + mean_over_ranks(self._loss))
+        self._loss.zero_()
+
+    def _advance(self, **changes: float | int | bool | None) -> None:
         seconds = self._seconds_before + time.monotonic() - self._began
         self.progress = self.progress.model_copy(update=changes | {"seconds": seconds})
 

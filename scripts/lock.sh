@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Regenerates requirements/cpu.lock: one lock for Python 3.11 and 3.12 on Linux x86_64 (glibc >= 2.35).
+# Regenerates requirements/cpu.lock, one lock for Python 3.11 and 3.12, and requirements/cudf-polars.lock, for 3.11,
+# both for Linux x86_64 (glibc >= 2.35).
 # Versions already in the lock are kept; pass --upgrade, or --upgrade-package NAME, to move them.
 # Needs uv. The package index is the one uv is configured with; none is written into the lock.
 set -euo pipefail
@@ -45,3 +46,14 @@ if ! diff <(both_serve) "$scratch/3.12.lock"; then
 fi
 mv "$scratch/both.lock" "$lock"
 echo "$lock: $(grep -c == "$lock") packages"
+
+# What `make cudf` installs.
+other=requirements/cudf-polars.lock
+uv pip compile requirements/cudf-polars.in \
+    --override requirements/cudf-polars.overrides.txt \
+    --python-platform x86_64-manylinux_2_35 --python-version 3.11 \
+    --generate-hashes --no-annotate \
+    --no-emit-index-url --no-emit-find-links \
+    --custom-compile-command scripts/lock.sh \
+    --output-file "$other" --quiet "$@"
+echo "$other: $(grep -c == "$other") packages"

@@ -27,7 +27,7 @@ def fit_encoding(feature: Target | Count, tasks: Sequence[Task], *, fitting: Fit
 def _count(feature: Count, fitting: Fitting) -> Json:
     """Rows by value. A count holds no label, so the training rows take it as all others do."""
     new = fitting.new.select(_values(feature.by)).drop_nulls().group_by(pl.all()).agg(rows=pl.len().cast(pl.Int64))
-    totals = _added(feature, new.collect(engine="streaming"), fitting=fitting)
+    totals = _added(feature, new.collect(), fitting=fitting)
     rows = totals["rows"].to_numpy()
     value = np.log1p(rows) if feature.log1p else rows.astype(np.float64)
     _write(feature, totals, value=value, fitting=fitting)
@@ -73,7 +73,7 @@ def _by_fold(feature: Target, task: Task, *, fitting: Fitting) -> pl.DataFrame:
     rows = counted.select(_values(feature.by), fold=own, one=pl.col(f"label:{task.name}").cast(pl.Int64))
     keys = [f"value:{column}" for column in feature.by]
     sums = rows.group_by(*keys, "fold").agg(rows=pl.len().cast(pl.Int64), ones=pl.col("one").sum())
-    return sums.collect(engine="streaming").sort(*keys, "fold")
+    return sums.collect().sort(*keys, "fold")
 
 
 def _values(by: Sequence[str]) -> list[pl.Expr]:

@@ -70,11 +70,15 @@ def grown(
     return pl.concat([more, counts.head(kept)]), counts.slice(kept)
 
 
+def values_of(users: Sequence[Looked], rows: pl.LazyFrame) -> pl.LazyFrame:
+    """value: those of all columns that share the table, without nulls."""
+    columns = {column_of(user): isinstance(user, Bag | History) for user in users}
+    values = {column: rows.select(value=column) for column in columns}
+    # A query of its own, not an expression: cudf-polars knows the one alone.
+    flat = [v.explode("value", empty_as_null=True) if columns[column] else v for column, v in values.items()]
+    return pl.concat(flat).drop_nulls()
+
+
 def _counts(users: Sequence[Looked], rows: pl.LazyFrame) -> pl.DataFrame:
     """value, count over all columns that share the table."""
-    columns = {column_of(user): isinstance(user, Bag | History) for user in users}
-    values = [
-        rows.select(value=pl.col(column).explode(empty_as_null=True) if listed else pl.col(column))
-        for column, listed in columns.items()
-    ]
-    return pl.concat(values).drop_nulls().group_by("value").agg(count=pl.len()).collect(engine="streaming")
+    return values_of(users, rows).group_by("value").agg(count=pl.len()).collect()

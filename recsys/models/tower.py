@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from etl.spec import Section
 from recsys.models.layers import Activation, Dropout, activation, batch_norm
+from recsys.models.linear import Linear
 
 Widths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, description="widths of the hidden layers")]
 Keep = Annotated[float, Field(gt=0, le=1)]
@@ -49,7 +50,7 @@ class MLP(nn.Module):
         keeps = tower.keep_prob if isinstance(tower.keep_prob, list) else [tower.keep_prob] * count
         names = tower.activation if isinstance(tower.activation, list) else [tower.activation] * count
         for size, keep, name in zip(tower.hidden, keeps, names, strict=True):
-            layers.append(nn.Linear(width, size, bias=tower.batch_norm != "before"))
+            layers.append(Linear(width, size, bias=tower.batch_norm != "before"))
             if tower.batch_norm == "before":
                 layers.append(batch_norm(size))
             layers.append(activation(name, size))

@@ -4,7 +4,7 @@ The tables stay FBGEMM's, with their lookup and their place in the plan and in c
 gradient is ours: duplicates are added up, then `recsys.optim.update` moves the rows that the step touched (or all).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import embedding_bag
 
 from recsys.experiment import Embedding
 from recsys.optim import OptimizerSettings, scaled, start_states, state_count, update
@@ -147,51 +148,60 @@ class RowGroup:
 
     def start(self) -> None:
         """States where training begins, from the weights as they are."""
-        for part, weights, states in self._views(slice(None)):
-            start_states(part.settings, weights, states=states)
+        for part in self.parts:
+            weights, *states = (values[:, part.start : part.stop] for values in (self.weights_RW, *self.states))
+            start_states(part.settings, weights, states=states[: state_count(part.settings)])
 
     def move(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor, optimizer: RowOptimizer) -> None:
         """One step by the gradient [B, D] of what was looked up: at most one id a feature and row of the batch."""
-        rows_I, gradient_IW = self._gradients(indices, offsets, gradient_BD=gradient_BD)
-        which: Tensor | slice = slice(None)
+        rows_I, gradient_GW, place_I = self._gradients(indices, offsets, gradient_BD=gradient_BD)
+        touched_R, gradient_RW = summed(rows_I, gradient_GW, place_I=place_I)
+        if self.l2_W is not None and not self._whole_l2:
+            gradient_RW.addcmul_(self.weights_RW.index_select(0, touched_R), self.l2_W)
         if self._every:
-            gradient_RW = torch.zeros_like(self.weights_RW).index_add_(0, rows_I, gradient_IW)
-        else:
-            touched_R, inverse_I = torch.unique(rows_I, return_inverse=True)
-            gradient_RW = gradient_IW.new_zeros(touched_R.shape[0], gradient_IW.shape[1])
-            gradient_RW.index_add_(0, inverse_I, gradient_IW)
-            which = touched_R
-        if self.l2_W is not None and (self._whole_l2 or not self._every):
-            gradient_RW.addcmul_(self.weights_RW[which], self.l2_W)
-        elif self.l2_W is not None:  # every row moves, those that were looked up are regularised
-            touched_R = torch.unique(rows_I)
-            gradient_RW.index_add_(0, touched_R, self.weights_RW[touched_R] * self.l2_W)
-        for part, weights, states in self._views(which):
-            gradient, settings = gradient_RW[:, part.start : part.stop], scaled(part.settings, optimizer.rate)
-            update(settings, weights, gradients=gradient, states=states, step=optimizer.step)
-            if not self._every:
-                columns = slice(part.start, part.stop)
-                for whole, moved in zip([self.weights_RW, *self.states], [weights, *states], strict=False):
-                    whole[which, columns] = moved
+            gradient_RW = gradient_RW.new_zeros(self.weights_RW.shape).index_copy_(0, touched_R, gradient_RW)
+            if self.l2_W is not None and self._whole_l2:
+                gradient_RW.addcmul_(self.weights_RW, self.l2_W)
+            self._update([self.weights_RW, *self.states], gradient_RW, optimizer=optimizer)
+            return
+        memory = [self.weights_RW, *self.states]
+        own = [whole.index_select(0, touched_R) for whole in memory]
+        self._update(own, gradient_RW, optimizer=optimizer)
+        for whole, moved in zip(memory, own, strict=True):
+            whole.index_copy_(0, touched_R, moved)
 
-    def _gradients(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [I] of the matrix and the gradient [I, W] of each id that was looked up."""
-        size, width = gradient_BD.shape[0], self.weights_RW.shape[1]
+    def _update(self, memory: Sequence[Tensor], gradient_RW: Tensor, *, optimizer: RowOptimizer) -> None:
+        """Moves weights and states, all [R, W], in place."""
+        for part in self.parts:
+            weights, *states = (values[:, part.start : part.stop] for values in memory)
+            settings, gradients = scaled(part.settings, optimizer.rate), gradient_RW[:, part.start : part.stop]
+            states = states[: state_count(settings)]
+            update(settings, weights, gradients=gradients, states=states, step=optimizer.step)
+
+    def _gradients(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For each id that was looked up its row of the matrix [I]; gradients [G, W] and where each id's stands [I]."""
+        size, width, features = gradient_BD.shape[0], self.weights_RW.shape[1], len(self.base_F)
         bounds = offsets.view(-1)[self.features.start * size : self.features.stop * size + 1]
         first, last = int(bounds[0]), int(bounds[-1])
         rows_I = indices[first:last] + self.base_F.repeat_interleave(bounds[::size].diff())
-        gradient_BFW = gradient_BD[:, self.columns].reshape(size, -1, width)
-        if last - first == bounds.shape[0] - 1:
-            return rows_I, gradient_BFW.transpose(0, 1).reshape(-1, width)
-        feature_I, row_I = (bounds.diff() > 0).view(-1, size).nonzero(as_tuple=True)
-        return rows_I, gradient_BFW[row_I, feature_I]
+        gradient_GW = gradient_BD[:, self.columns].reshape(-1, width)
+        place_FB = torch.arange(size * features, device=rows_I.device).view(size, features).t()
+        if last - first == size * features:
+            return rows_I, gradient_GW, place_FB.reshape(-1)
+        return rows_I, gradient_GW, place_FB[bounds.diff().view(features, size) > 0]
 
-    def _views(self, which: Tensor | slice) -> Iterator[tuple[Part, Tensor, list[Tensor]]]:
-        """Each part's weights and states of some rows: views of all rows, copies of a few."""
-        for part in self.parts:
-            columns = slice(part.start, part.stop)
-            states = [state[which, columns] for state in self.states[: state_count(part.settings)]]
-            yield part, self.weights_RW[which, columns], states
+
+def summed(rows_I: Tensor, gradient_GW: Tensor, *, place_I: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows, in order, and the sums of their gradients; id i's gradient is `gradient_GW[place_I[i]]`.
+
+    A sort brings equal rows together, and torch's bag lookup, which adds up rows of a matrix, does the rest.
+    """
+    if not rows_I.numel():
+        return rows_I, gradient_GW[:0]
+    sorted_I, order_I = rows_I.sort(stable=True)
+    touched_R, count_R = torch.unique_consecutive(sorted_I, return_counts=True)
+    starts_R = count_R.cumsum(0) - count_R
+    return touched_R, embedding_bag(place_I[order_I], gradient_GW.contiguous(), starts_R, mode="sum")
 
 
 def _memory(*places: Tensor) -> Tensor:

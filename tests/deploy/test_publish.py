@@ -67,9 +67,8 @@ def dies_at_load(bundle: Path) -> None:
 
 
 def dies_at_first_request(bundle: Path) -> None:
-    text = (bundle / "model.py").read_text()
-    start = text.index("        results =")
-    (bundle / "model.py").write_text(text[:start] + "        import os\n        os._exit(1)\n" + text[start:])
+    end = "import os\nTritonPythonModel.execute = lambda self, requests: os._exit(1)\n"
+    (bundle / "model.py").write_text((bundle / "model.py").read_text() + end)
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """A ranking request scores as the rows that it stands for, and only its own faults touch it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 import deploy.ranker
 import etl.transform
@@ -14,7 +18,7 @@ from deploy.ranker import Ranker, Request, Scored
 from deploy.ranking import Ranking, RankRequest
 from deploy.served_program import load_program
 from etl.pack import pack
-from etl.transform import Packed, Signature
+from etl.transform import MISSING_NUMBER, Packed, Signature, crossed
 from tests.deploy.conftest import raw_lists
 
 Seen = list[tuple[list[str], int]]
@@ -161,3 +165,122 @@ def test_values_behind_an_unused_place_of_a_list_are_refused(lists: Case) -> Non
     keys[0, history] = keys[0, history][::-1]
     (fault,) = lists.ranker.score([Request(keys, plain.numbers)])
     assert "column 'history' has a value behind an unused place at row 0" in str(fault)
+
+
+def _id(name: str, column: str, *, weights: str | None = None) -> dict[str, Any]:
+    return {"name": name, "kind": "hash", "table": name, "column": column, "weights": weights, "rows": 50}
+
+
+def _number(name: str, column: str) -> dict[str, Any]:
+    return {"name": name, "column": column, "fill": 1.0, "clip": None, "log1p": False, "mean": 2.0, "std": 3.0}
+
+
+FEATURES = [
+    _id("i", "i"),
+    _number("height", "height") | {"kind": "field", "table": "height"},
+    _id("u", "u"),
+    {"name": "age_bucket", "kind": "buckets", "table": "age_bucket", "column": "age", "boundaries": [20.0, 40.0, 60.0]},
+    {"name": "age_x_i", "kind": "cross", "table": "age_x_i", "inputs": ["age_bucket", "i"], "rows": 50},
+    _id("tags", "tags", weights="shares"),
+    _id("past", "past"),
+    {"name": "u_x_age", "kind": "cross", "table": "u_x_age", "inputs": ["u", "age_bucket"], "rows": 50},
+    _number("price", "price") | {"kind": "field", "table": "price"},
+]
+DENSE = [
+    {"name": "rate_u_i", "by": ["i", "u"], "kind": "target", "other": 0.5},
+    _number("age", "age"),
+    {"name": "count_u", "by": ["u"], "kind": "count", "other": 0.0},
+    _number("price_too", "price"),
+]
+COLUMNS = {"i": "int64", "height": "float64", "u": "int64", "age": "float64", "tags": "list<int64>"}
+COLUMNS |= {"shares": "list<float64>", "past": "list<int64>", "price": "float64"}
+SLOTS = {"tags": 2, "shares": 2, "past": 3}
+SIGNATURE: dict[str, Any] = {
+    "columns": COLUMNS,
+    "keys": ["i", "u", "tags", "past"],
+    "numbers": ["height", "age", "price", "shares"],
+    "slots": SLOTS,
+    "newest": ["past"],
+}
+
+
+def every_kind(folder: Path, user: list[str]) -> tuple[Ranker, Ranking]:
+    """A ranker of every kind of feature, whose score is the sum of what it reads."""
+    (folder / "transform" / "encoding").mkdir(parents=True)
+    state = {"signature": SIGNATURE, "features": FEATURES, "dense": DENSE}
+    (folder / "transform" / "transform.json").write_text(json.dumps(state))
+    pairs = np.array([[[item], [one]] for item in range(4) for one in range(4)])
+    for name, keys in (("rate_u_i", crossed([pairs[:, 0], pairs[:, 1]])), ("count_u", crossed([pairs[:4, 1]]))):
+        table = pa.table({"key": keys[:, 0], "value": np.arange(1.0, len(keys) + 1)})
+        pq.write_table(table, folder / "transform" / "encoding" / f"{name}.parquet")
+    features = [
+        {"name": step["name"], "table": step["name"], "slots": SLOTS.get(str(step.get("column")), 1)}
+        | {"weighted": step["kind"] == "field" or bool(step.get("weights"))}
+        | {"dtype": "list<int64>" if step.get("column") in SLOTS else "int64"}
+        for step in FEATURES
+    ]
+    tables = [{"name": step["name"], "rows": 60} for step in FEATURES]
+    schema = {"features": features, "dense": [{"name": step["name"]} for step in DENSE], "tables": tables}
+    (folder / "schema.json").write_text(json.dumps(schema))
+
+    def program(ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
+        return ids_BS.sum(1, keepdim=True).float() + floats_BN.sum(1, keepdim=True)
+
+    def part(names: set[str]) -> dict[str, Any]:
+        kept = {key: [name for name in SIGNATURE[key] if name in names] for key in ("keys", "numbers", "newest")}
+        return {"columns": {n: COLUMNS[n] for n in names}, "slots": {n: SLOTS[n] for n in names & set(SLOTS)}, **kept}
+
+    ranker = Ranker(folder, etl.transform, program=program)
+    parts = {"user": part(set(user)), "items": part(set(COLUMNS) - set(user))}
+    return ranker, Ranking(ranker, deploy.ranker, **parts, most=50, rows=16)
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        ["u", "age"],
+        ["i", "price"],
+        ["u", "age", "height", "past"],
+        ["tags", "shares"],
+        ["past"],
+        ["u", "i", "age"],
+        ["age"],
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_feature_on_either_side(tmp_path: Path, user: list[str]) -> None:
+    ranker, ranking = every_kind(tmp_path, user)
+    rng = np.random.default_rng(3)
+    ranked, plain = [], []
+    for count in (3, 20, 1):
+        key = {name: _some_keys(rng, count, SLOTS.get(name, 0)) for name in SIGNATURE["keys"]}
+        number = {
+            name: rng.choice([7.0, 33.0, 50.0, MISSING_NUMBER], (count, 1)) for name in ("height", "age", "price")
+        }
+        number["shares"] = np.where(key["tags"] == etl.transform.NO_KEY, MISSING_NUMBER, rng.random((count, 2)))
+        halves: dict[str, list[Any]] = {"user": [], "items": []}
+        rows = []
+        for matrix, columns in (("keys", key), ("numbers", number)):
+            empty = np.zeros((count, 0), np.int64 if matrix == "keys" else np.float64)
+            of_user = [columns[name] for name in SIGNATURE[matrix] if name in user]
+            items = [columns[name] for name in SIGNATURE[matrix] if name not in user]
+            halves["user"].append(np.concatenate([empty, *of_user], axis=1)[:1])
+            halves["items"].append(np.concatenate([empty, *items], axis=1))
+            whole = [np.repeat(columns[n][:1], count, 0) if n in user else columns[n] for n in SIGNATURE[matrix]]
+            rows.append(np.concatenate(whole, axis=1))
+        ranked.append(RankRequest(Request(*halves["user"]), Request(*halves["items"])))
+        plain.append(Request(*rows))
+    for one, other in zip(ranking.score(ranked), ranker.score(plain), strict=True):
+        assert isinstance(one, Scored), one
+        assert isinstance(other, Scored), other
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.floats, other.floats)
+        np.testing.assert_array_equal(one.score, other.score)
+
+
+def _some_keys(rng: np.random.Generator, count: int, slots: int) -> npt.NDArray[np.int64]:
+    """Single values, some missing, or lists of 0 to `slots`."""
+    if not slots:
+        return rng.choice([0, 1, 2, 3, 99, etl.transform.MISSING_KEY], (count, 1))
+    lengths = rng.integers(0, slots + 1, (count, 1))
+    return np.where(np.arange(slots) < lengths, rng.integers(0, 9, (count, slots)), etl.transform.NO_KEY)

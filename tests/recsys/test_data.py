@@ -114,6 +114,7 @@ def write_files(folder: Path, sizes: list[int], *, group_rows: int) -> Split:
     return Split(folder, SCHEMA)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     sizes=st.lists(st.integers(0, 60), min_size=1, max_size=7).filter(any),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recsys.models.layers import Dropout
+from recsys.models.linear import Linear
 
 
 @pytest.mark.parametrize("keep_prob", [0.05, 0.5, 0.8, 0.9999])
@@ -43,3 +44,18 @@ def test_one_seed_gives_one_mask_and_evaluation_none() -> None:
         masks.append(layer.train()(x))
     assert torch.equal(*masks)
     assert layer.eval()(x) is x
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_of_odd_width_has_the_gradients_of_torch(bias: bool) -> None:
+    torch.manual_seed(0)
+    ours, x_BD = Linear(13, 5, bias=bias), torch.randn(7, 13, requires_grad=True)
+    theirs, y_BD = torch.nn.Linear(13, 5, bias=bias), x_BD.detach().clone().requires_grad_()
+    theirs.load_state_dict(ours.state_dict())
+    for layer, inputs in ((ours, x_BD), (theirs, y_BD)):
+        layer(inputs).square().sum().backward()
+    assert type(ours(x_BD).grad_fn) is not type(theirs(y_BD).grad_fn)  # else nothing of ours was run
+    assert x_BD.grad is not None and y_BD.grad is not None
+    torch.testing.assert_close(x_BD.grad, y_BD.grad)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

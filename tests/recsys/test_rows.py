@@ -14,7 +14,7 @@ from recsys.learner import dense_optimizer
 from recsys.models import MODELS
 from recsys.models.head import ModelConfig
 from recsys.optim import DenseOptimizer, OptimizerSettings, start_states, state_count, update
-from recsys.parallel.rows import needs_own_rows
+from recsys.parallel.rows import needs_own_rows, summed
 from recsys.parallel.shard import Sharded, shard
 from recsys.parallel.world import World, open_world
 from tests.registry import config_of, network_of, random_rows, rich_schema
@@ -298,3 +298,15 @@ def test_rows_start_normal_and_weights_at_0(world: World) -> None:
         vector = 0 if table == "pair" else 8
         assert not weight_RW[:, vector:].any()
         assert bool((weight_RW[:, :vector] != 0).all())
+
+
+@pytest.mark.parametrize("count", [0, 1, 400])
+def test_gradients_of_equal_rows_are_added_up(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    rows_I = torch.randint(0, 60, (count,), generator=generator)
+    place_I = torch.randperm(count, generator=generator)
+    gradient_GW = torch.randn(count, 4, generator=generator)
+    touched_R, gradient_RW = summed(rows_I, gradient_GW, place_I=place_I)
+    whole = torch.zeros(60, 4).index_add_(0, rows_I, gradient_GW[place_I])
+    assert touched_R.tolist() == sorted(set(rows_I.tolist()))
+    assert torch.allclose(gradient_RW, whole[touched_R], atol=1e-5)

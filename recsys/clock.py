@@ -1,0 +1,70 @@
+"""Where the time of a step goes: a stopwatch whose laps add up to the whole."""
+
+import time
+from typing import Any
+
+import psutil
+from torch import Tensor, nn
+
+from recsys.models.head import Inputs
+
+OWN_WORK = ("forward", "backward", "dense")
+"""Laps in which a rank waits for no other one."""
+
+
+class Clock:
+    """Adds the time since the last lap to a name. On CUDA that is the time to launch, not to compute."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap went into this."""
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def read(self) -> dict[str, float]:
+        """Seconds by name since the last reading."""
+        found, self._seconds = self._seconds, {}
+        return found
+
+    def watch(self, *, tables: nn.Module, head: nn.Module) -> None:
+        """Laps where a training step goes from tables to head and back.
+
+        "forward" ends before the lookup, "lookup" holds the exchange of ids and rows between ranks too, "backward" ends
+        at the looked up rows; what comes after that is "sparse".
+        """
+        tables.register_forward_pre_hook(self._at_tables)
+        head.register_forward_pre_hook(self._at_head)
+
+    def _at_tables(self, module: nn.Module, given: Any) -> None:
+        if module.training:
+            self.lap("forward")
+
+    def _at_head(self, module: nn.Module, given: tuple[Inputs]) -> None:
+        if not module.training:
+            return
+        self.lap("lookup")
+        rows = next((rows for rows in (given[0].emb_BFK, given[0].linear_BL) if rows.numel()), None)
+        if rows is not None and rows.requires_grad:
+            rows.register_hook(self._at_rows)  # type: ignore[no-untyped-call]
+
+    def _at_rows(self, gradient: Tensor) -> None:
+        self.lap("backward")
+
+
+def milliseconds(laps: dict[str, float], *, steps: int) -> dict[str, float]:
+    """`ms/<lap>`: the mean over steps."""
+    return {f"ms/{name}": round(1000 * seconds / max(steps, 1), 4) for name, seconds in laps.items()}
+
+
+def own_work(laps: dict[str, float]) -> float:
+    """Seconds in which this rank waited for no other one."""
+    return sum(laps.get(name, 0.0) for name in OWN_WORK)
+
+
+def memory_gb() -> float:
+    """Resident memory of this process in GB."""
+    return float(psutil.Process().memory_info().rss) / 1e9

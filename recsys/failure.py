@@ -1,0 +1,162 @@
+"""Stops training where the loss goes wrong, says at which rows and which feature, and keeps that batch to look at."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from etl.artifact import new_folder, read_json, write_json
+from etl.faults import Fault
+from etl.schema import Schema, read_schema
+from recsys.data import Batch, Split
+from recsys.experiment import read_experiment
+from recsys.learner import Learner
+from recsys.loss import row_losses
+from recsys.models.head import Inputs
+from recsys.network import Scored, build_network
+
+_MARKER, _TENSORS = "failure.json", "batch.safetensors"
+_BATCH = ("ids_BS", "floats_BN", "labels_BT", "groups_BG", "real_B", "weights_BT")
+_SINGLE = ("emb_BFK", "linear_BL", "dense_BN", "entries_BEK")
+_SEVERAL = ("sequences", "masks")
+_NAMED_ROWS = 5
+_WARM_UP_STEPS, _WARM_UP_BAR = 100, 100
+_KEPT = 0.99
+_CHANCE = math.log(2)
+
+
+class LossGuard:
+    """Looks at each batch's loss before anything moves; on CUDA, where looking means waiting, at each logged step.
+
+    `usual` is the running mean of the logloss of this rank's rows. What is wrong: a loss that is not finite, or one of
+    more than `train.spike` times the usual that is worse than a coin's.
+    """
+
+    def __init__(self, learner: Learner, schema: Schema, *, rows: Split, run: Path) -> None:
+        self._learner, self._schema, self._rows, self._run = learner, schema, rows, run
+        self._every = 1 if learner.world.device.type == "cpu" else learner.settings.log_every_steps
+        self._inputs: Inputs | None = None
+        self.usual: float | None = None
+        self.step = 0
+        learner.network.head.register_forward_pre_hook(self._remember)
+
+    def __call__(self, scored: Scored, batch: Batch) -> None:
+        """Raises Fault, after it wrote `failures/step-N-rank-R` into the run."""
+        real = float(batch.real_B.sum())
+        if self.step % self._every or not real:
+            return
+        losses_B = row_losses(scored.logits_BT.detach(), batch, task_weights_T=self._learner.task_weights_T).sum(dim=1)
+        loss = float(losses_B.sum()) / real
+        if not math.isfinite(loss) or self._is_spike(loss):
+            raise self._fault(loss, losses_B, batch=batch)
+        self.usual = loss if self.usual is None else _KEPT * self.usual + (1 - _KEPT) * loss
+
+    def _is_spike(self, loss: float) -> bool:
+        """In the first 100 steps, when losses still fall, the bar is a hundred times higher."""
+        spike, chance = self._learner.settings.spike, _CHANCE * float(self._learner.task_weights_T.sum())
+        if not spike:
+            return False
+        usual = chance if self.usual is None else self.usual
+        return loss > max(spike * usual * (1 if self.step > _WARM_UP_STEPS else _WARM_UP_BAR), chance)
+
+    def _remember(self, _: nn.Module, given: tuple[Inputs]) -> None:
+        i = given[0]
+        self._inputs = Inputs(
+            emb_BFK=i.emb_BFK.detach(),
+            linear_BL=i.linear_BL.detach(),
+            dense_BN=i.dense_BN.detach(),
+            entries_BEK=i.entries_BEK.detach(),
+            sequences=tuple(tensor.detach() for tensor in i.sequences),
+            masks=i.masks,
+        )
+
+    def _fault(self, loss: float, losses_B: Tensor, *, batch: Batch) -> Fault:
+        inputs = self._inputs
+        if inputs is None:
+            raise RuntimeError("the head was not run")
+        ranked_B = torch.where(batch.real_B > 0, losses_B.nan_to_num(torch.inf, torch.inf), -torch.inf)
+        worst = ranked_B.topk(min(_NAMED_ROWS, int(batch.real_B.sum()))).indices.tolist()
+        bad = [at for at in worst if not math.isfinite(float(losses_B[at]))] or worst
+        feature = self._blame(inputs, batch, bad=bad)
+        numbers = [] if batch.numbers_B is None else batch.numbers_B[bad].tolist()
+        places = [self._rows.place(number) for number in numbers]
+        usual = "no usual loss yet" if self.usual is None else f"usually {self.usual:.4g}"
+        folder = self._run / "failures" / f"step-{self.step}-rank-{self._learner.world.rank}"
+        about = {"step": self.step, "loss": str(loss), "feature": feature, "rows": places, "positions": bad}
+        tensors = {name: tensor.contiguous().clone() for name, tensor in self._tensors(inputs, batch)}
+        folder.parent.mkdir(exist_ok=True)
+        with new_folder(folder, marker=_MARKER) as beside:
+            save_file(tensors, beside / _TENSORS)
+            write_json(beside / _MARKER, about)
+        got = f"a logloss of {loss:.4g} ({usual}); feature: {feature}; rows: {'; '.join(places) or 'unknown'}"
+        remedy = f"look at that data, lower the learning rates, or set train.spike; the batch is kept in {folder}"
+        return Fault(f"{self._run}: step {self.step}", got=got, wanted="a loss like those before", remedy=remedy)
+
+    def _tensors(self, inputs: Inputs, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        yield from ((f"inputs.{name}", getattr(inputs, name)) for name in _SINGLE)
+        yield from ((f"inputs.sequences.{at}", tensor) for at, tensor in enumerate(inputs.sequences))
+        yield from ((f"inputs.masks.{at}", tensor) for at, tensor in enumerate(inputs.masks))
+        for name in _BATCH:
+            yield f"batch.{name}", getattr(batch, name)
+        yield from ((f"head.{name}", tensor) for name, tensor in self._learner.network.head.state_dict().items())
+
+    def _blame(self, inputs: Inputs, batch: Batch, *, bad: list[int]) -> str:
+        """The first feature that is not finite in the bad rows; else that whose absence lowers their loss the most."""
+        with torch.no_grad():
+            for name, values_R in self._by_feature(inputs):
+                if not torch.isfinite(values_R[bad]).all():
+                    return f"'{name}' (not finite)"
+            head = self._learner.network.head.eval()
+            left = {}
+            for name, changed in self._without(inputs):
+                losses = row_losses(head(changed), batch, task_weights_T=self._learner.task_weights_T)[bad]
+                left[name] = float(losses.sum().nan_to_num(torch.inf))
+            head.train()
+        name = min(left, key=lambda name: left[name], default="")
+        return f"'{name}'" if left and math.isfinite(left[name]) else "none alone"
+
+    def _by_feature(self, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+        layout, dense = self._learner.network.layout, self._schema.dense_names
+        yield from ((name, inputs.dense_BN[:, at]) for at, name in enumerate(dense))
+        yield from ((name, inputs.emb_BFK[:, at].sum(dim=1)) for at, name in enumerate(layout.sizes.fields))
+        for (name, _), values in zip(layout.sizes.sequences, inputs.sequences, strict=True):
+            yield name, values.sum(dim=(1, 2))
+        yield from ((f"first-order weight {at}", inputs.linear_BL[:, at]) for at in range(inputs.linear_BL.shape[1]))
+
+    def _without(self, inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
+        """The inputs with one feature after the other at its median over the batch."""
+        for at, name in enumerate(self._schema.dense_names):
+            yield name, inputs._replace(dense_BN=_at_median(inputs.dense_BN, at))
+        for at, name in enumerate(self._learner.network.layout.sizes.fields):
+            yield name, inputs._replace(emb_BFK=_at_median(inputs.emb_BFK, at))
+
+
+def _at_median(values: Tensor, at: int) -> Tensor:
+    changed = values.clone()
+    changed[:, at] = values[:, at].median(dim=0).values
+    return changed
+
+
+def replay(run: Path, failure: Path) -> Tensor:
+    """The logloss of each row of a kept batch [B], computed again from the files alone.
+
+    Raises:
+        Fault: `failure` is no folder that a stopped run left.
+    """
+    read_json(failure / _MARKER, remedy="name a folder below 'failures' of a run that stopped")
+    kept, schema = load_file(failure / _TENSORS), read_schema(run)
+    head = build_network(read_experiment(run), schema, table_device="meta").head.eval()
+    head.load_state_dict({name.removeprefix("head."): t for name, t in kept.items() if name.startswith("head.")})
+    sequences, masks = (
+        [kept[name] for name in sorted(kept) if name.startswith(f"inputs.{part}.")] for part in _SEVERAL
+    )
+    emb_BFK, linear_BL, dense_BN, entries_BEK = (kept[f"inputs.{name}"] for name in _SINGLE)
+    inputs = Inputs(emb_BFK, linear_BL, dense_BN, entries_BEK, tuple(sequences), tuple(masks))
+    ids_BS, floats_BN, labels_BT, groups_BG, real_B, weights_BT = (kept[f"batch.{name}"] for name in _BATCH)
+    batch = Batch(ids_BS, floats_BN, labels_BT, groups_BG, real_B, weights_BT, global_rows=len(real_B))
+    weights_T = torch.tensor([task.weight for task in schema.tasks])
+    with torch.no_grad():
+        return row_losses(head(inputs), batch, task_weights_T=weights_T).sum(dim=1)

@@ -1,0 +1,81 @@
+"""Losses that go wrong stop training, with the step, the feature, the rows, and a batch that shows it again."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from etl.faults import Fault
+from recsys.checkpoint import latest
+from recsys.experiment import Experiment
+from recsys.failure import replay
+from recsys.train import train
+from tests.recsys.conftest import write_dataset
+
+pytestmark = pytest.mark.usefixtures("quiet")
+BAD_FILE, BAD_ROWS = "part-1.parquet", [1234, 1235]
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> Callable[[float], Path]:
+    """A dataset folder with a value of `x` in two training rows that no other row comes near; one is a click, one not.
+
+    So one of the two is far off, whatever the sign of its weight.
+    """
+
+    def write(value: float) -> Path:
+        folder = write_dataset(tmp_path / "data")
+        path = folder / "train" / BAD_FILE
+        table = pq.read_table(path)
+        columns = {name: table[name].to_numpy().copy() for name in table.column_names}
+        columns["x"][BAD_ROWS] = value
+        columns["click"][BAD_ROWS] = (0, 1)
+        pq.write_table(pa.table(columns), path, row_group_size=700)
+        return folder
+
+    return write
+
+
+def stopped(experiment: Experiment, *, data: Path, run: Path) -> Fault:
+    with pytest.raises(Fault, match="a logloss of") as caught:
+        train(experiment, data=data, run=run, report=lambda record: None)
+    return caught.value
+
+
+@pytest.mark.parametrize(("value", "accumulate"), [(1e38, 1), (3e5, 1), (1e38, 2)])
+def test_a_value_that_explodes_stops_with_its_place(
+    spoilt: Callable[[float], Path],
+    experiment: Callable[..., Experiment],
+    tmp_path: Path,
+    value: float,
+    accumulate: int,
+) -> None:
+    """1e38 makes the loss infinite, 3e5 a spike."""
+    size = 32 if value < 1e38 else 256  # a spike needs 100 steps of usual losses before it
+    settings = {"batch_size": size // accumulate, "accumulate": accumulate, "epochs": 2, "checkpoint_every_steps": 3}
+    run = tmp_path / "run"
+    fault = stopped(experiment(train=settings, model={"keep_prob": 1.0}), data=spoilt(value), run=run)
+    assert any(f"{BAD_FILE}, row {row}" in str(fault) for row in BAD_ROWS), fault
+    assert "feature: 'x'" in str(fault), fault
+    step = int(re.search(r"step (\d+)", fault.place).group(1))  # type: ignore[union-attr]
+    folder = run / "failures" / f"step-{step}-rank-0"
+    about = json.loads((folder / "failure.json").read_text())
+    assert (about["step"], about["feature"]) == (step, "'x'")
+    losses_B = replay(run, folder)
+    assert losses_B.nan_to_num(torch.inf).argmax() == about["positions"][0]
+    assert not torch.isfinite(losses_B).all() or float(losses_B.max()) > 1000
+    found = latest(run)
+    assert found is None or found[1].step < step, "what went wrong is in no checkpoint"
+
+
+def test_usual_losses_do_not_stop_training(
+    dataset: Path, experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    wide = experiment(train={"batch_size": 8, "epochs": 1, "log_every_steps": 1000})
+    result = train(wide, data=dataset, run=tmp_path / "run", report=lambda record: None)
+    assert result["steps"] == 750
