@@ -64,10 +64,11 @@ def test_the_program_scores_as_the_network_does(kind: str, dense: int, tmp_path:
 @pytest.mark.parametrize("kind", list(MODELS))
 @pytest.mark.parametrize("precision", PRECISIONS[1:], ids=str)
 def test_lower_precisions_score_nearly_so(kind: str, precision: Precision, tmp_path: Path) -> None:
+    torch.manual_seed(1)  # of the rows before noise joins them: the bound is one of chance
     schema = rich_schema(dense=2)
     network = network_of(config_of(kind), schema, std=0.05)
     saved(network, schema, tmp_path, precision=precision, level=None)
-    loose = precision.dense == "bf16" and kind in ("deep_crossing", "masknet")  # sums and norms carry the rounding on
+    loose = precision.tables != "fp16" and kind in ("deep_crossing", "masknet")  # sums and norms carry the rounding on
     check_scores(load_program(tmp_path), network, schema, atol=5e-3 if loose else 1e-3)
 
 
