@@ -166,9 +166,9 @@ def host_process(folder: Path, host: str, *, hosts: dict[str, str]) -> subproces
     options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=known"]
     options += [f"--rdzv-endpoint={hosts[first]}:29511", f"--rdzv-conf={rendezvous}", f"--local-addr={hosts[host]}"]
     start = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', host]
-    log = (folder / f"{host}.log").open("ab")
     own = os.environ | {"GLOO_SOCKET_IFNAME": "cable"}
-    return subprocess.Popen([*start, *torchrun(folder, "run", *options)], cwd=ROOT, env=own, stdout=log, stderr=log)
+    with (folder / f"{host}.log").open("ab") as log:
+        return subprocess.Popen([*start, *torchrun(folder, "run", *options)], cwd=ROOT, env=own, stdout=log, stderr=log)
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ for at in range(len(keys)):
     ids.append(encoded.ids)
     floats.append(encoded.floats)
 np.savez(sys.argv[4], ids=np.concatenate(ids), floats=np.concatenate(floats))
-print([name for name in ("polars", "pandas", "etl", "torch") if name in sys.modules])
+print([name for name in ("polars", "etl", "torch") if name in sys.modules])
 """
 
 
