@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint cudf fmt cov bench chaos clean
+.PHONY: help setup demo test test-long lint cudf fmt cov bench chaos clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
@@ -27,7 +27,10 @@ demo: setup  ## raw rows to a running model server, on the adult data, in a few 
 	@scripts/demo.sh
 
 test: setup  ## run the tests; make test ARGS="-k word -x"
-	@$(PYTHON_VENV) -m pytest $(ARGS)
+	@$(PYTHON_VENV) -m pytest -m "not long" $(ARGS)
+
+test-long: setup  ## run the tests that compile native code for every model
+	@$(PYTHON_VENV) -m pytest -m long $(ARGS)
 
 lint: setup  ## check style, types, import directions and budgets
 	@$(PYTHON_VENV) -m ruff check .

@@ -74,7 +74,7 @@ def test_lower_precisions_score_nearly_so(kind: str, precision: Precision, tmp_p
 
 @NATIVE
 @pytest.mark.parametrize(
-    "kind", [kind if kind in NATIVE_KINDS else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+    "kind", [kind if kind in NATIVE_KINDS else pytest.param(kind, marks=pytest.mark.long) for kind in MODELS]
 )
 def test_native_code_scores_as_the_network_does(kind: str, tmp_path: Path) -> None:
     schema = rich_schema(dense=3)
@@ -84,7 +84,7 @@ def test_native_code_scores_as_the_network_does(kind: str, tmp_path: Path) -> No
 
 
 @NATIVE
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", NATIVE_KINDS)
 @pytest.mark.parametrize("precision", [Precision("fp16", "fp32"), Precision("int8", "bf16")], ids=str)
 def test_native_code_of_lower_precisions(kind: str, precision: Precision, tmp_path: Path) -> None:
