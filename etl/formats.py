@@ -61,7 +61,7 @@ def raw_batches(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.Reco
 def _parquet(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
     file = pq.ParquetFile(path)
     _check_columns(file.schema_arrow.names, names)
-    yield from file.iter_batches(columns=names)
+    yield from file.iter_batches(columns=names, use_threads=False)  # others have the cores
 
 
 def _check_columns(present: list[str], names: list[str]) -> None:

@@ -74,9 +74,9 @@ def finite(encoded: Encoded, transform: Transform, *, place: str) -> Encoded:
     return encoded
 
 
-def _without_nan(array: pa.Array) -> pa.Array:
+def without_nan(array: pa.Array) -> pa.Array:
     """NaN is missing, as in the files that training reads."""
-    if not pa.types.is_floating(array.type):
+    if not pa.types.is_floating(array.type) or not pc.any(pc.is_nan(array), min_count=0).as_py():
         return array
     return pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
 
@@ -96,7 +96,7 @@ def _as_numbers(array: pa.Array) -> pa.Array:
 def _packed(array: pa.Array, *, name: str, signature: Signature) -> npt.NDArray[Any]:
     """[B, 1], or [B, slots] of a list column, filled at the end."""
     if name not in signature.slots:
-        single = _flat(_without_nan(array), name=name)
+        single = _flat(without_nan(array), name=name)
         return single[:, None]
     return _padded(array, name=name, slots=signature.slots[name], newest=name in signature.newest)
 
@@ -139,9 +139,8 @@ def inner_type(dtype: str) -> str:
 
 def typed_column(column: pa.ChunkedArray, *, name: str, dtype: str) -> pa.Array:
     """Checks the kind of value before any cast: a float is no id and a text is no number."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # some versions of pyarrow keep an empty column chunked
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    chunks = column.chunks or [pa.array([], column.type)]
+    array = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
     inner = inner_type(dtype)
     if inner == dtype:
         return _typed_values(array, name=name, dtype=dtype)

@@ -1,6 +1,7 @@
 """Raw files -> typed Arrow batches. What is malformed is a fault with its file and rows; nothing is coerced."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,17 @@ import pyarrow.compute as pc
 from etl.data_spec import History
 from etl.faults import Fault
 from etl.formats import raw_batches
-from etl.pack import ARROW, inner_type, text_keys, typed_column
+from etl.pack import ARROW, inner_type, text_keys, typed_column, without_nan
 from etl.schema import GROUP
 from etl.spec import Bag, FeatureSpec, Task, column_of, resolve
+from etl.threads import in_order
 from etl.transform import RESERVED_KEYS, Int64s
 
 SPLIT, USER, DAY = "split:", "negatives:user", "day:"
 _WHOLE, _DAY_NS = "whole numbers", 86_400 * 10**9
+
+_Placed = tuple[int, str, pa.RecordBatch]
+"""The place of a file among others, the place of a batch in words, and the batch as it is read."""
 
 
 class Reader:
@@ -39,9 +44,13 @@ class Reader:
         Raises:
             Fault: an unreadable or truncated file, a missing column, a value of the wrong type, a label not 0/1.
         """
-        for at, place, batch in self._placed(paths, names=self._needed()):
-            beside = self._labels(batch, place, file=at) | self._extras(batch, place) | self._taken(batch, place)
-            yield pa.record_batch(self._features(batch, place) | beside)
+        parts = self._placed(paths, names=self._needed())
+        yield from self._in_order(self._typed, parts)
+
+    def _typed(self, part: "_Placed") -> pa.RecordBatch:
+        at, place, batch = part
+        beside = self._labels(batch, place, file=at) | self._extras(batch, place) | self._taken(batch, place)
+        return pa.record_batch(self._features(batch, place) | beside)
 
     def labels(self, paths: Sequence[Path]) -> Iterator[pa.RecordBatch]:
         """The labels alone, and `day:`, int32: days since 1970 (see `by_day`), or the place of the row's file in paths.
@@ -49,8 +58,19 @@ class Reader:
         Raises Fault as `batches`.
         """
         names = [*self._label_columns, *([self._day] if self._day else [])]
-        for at, place, batch in self._placed(paths, names=list(dict.fromkeys(names))):
-            yield pa.record_batch(self._labels(batch, place, file=at))
+        parts = self._placed(paths, names=list(dict.fromkeys(names)))
+        yield from self._in_order(self._label_batch, parts)
+
+    def _label_batch(self, part: "_Placed") -> pa.RecordBatch:
+        at, place, batch = part
+        return pa.record_batch(self._labels(batch, place, file=at))
+
+    def _in_order(
+        self, typed: Callable[["_Placed"], pa.RecordBatch], parts: Iterator["_Placed"]
+    ) -> Iterator[pa.RecordBatch]:
+        """The first batch alone: its times set the kind for all others."""
+        yield from map(typed, itertools.islice(parts, 1))
+        yield from in_order(typed, parts)
 
     @property
     def by_day(self) -> bool:
@@ -72,8 +92,7 @@ class Reader:
         """A time of the experiment file on the clock of a column that was read. Raises Fault where it is of another."""
         return int(self._times(pa.array([str(given)], pa.large_string()), name=name, place=place)[0])
 
-    def _placed(self, paths: Sequence[Path], *, names: list[str]) -> Iterator[tuple[int, str, pa.RecordBatch]]:
-        """Batches with the place of their file in paths, and their place in words."""
+    def _placed(self, paths: Sequence[Path], *, names: list[str]) -> Iterator["_Placed"]:
         for at, path in enumerate(paths):
             rows = 0
             for batch in raw_batches(self._spec.data, path, names=names):
@@ -253,11 +272,11 @@ def _typed(column: pa.Array, *, name: str, dtype: str, place: str) -> pa.Array:
         if lowest in RESERVED_KEYS:
             got, remedy = f"{lowest}, which stands for missing", "leave the value empty"
             raise Fault(f"{place}, column '{name}'", got=got, wanted="whole numbers above that", remedy=remedy)
-    if dtype != "float64":
+    if dtype != "float64" or pc.all(pc.is_finite(array), min_count=0).as_py():
         return array
     if pc.any(pc.is_inf(array)).as_py():
         raise Fault(f"{place}, column '{name}'", got="infinity", wanted="finite numbers", remedy="mend the file")
-    return pc.if_else(pc.is_nan(array), pa.scalar(None, pa.float64()), array)
+    return without_nan(array)
 
 
 def _from_text(column: pa.Array, dtype: str) -> pa.Array:
@@ -281,7 +300,8 @@ def _labels(column: pa.Array, *, task: Task, place: str) -> pa.Array:
     else:
         number = _typed(column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column,
                         name=task.label, dtype="float64", place=place)  # fmt: skip
-        one, known = pc.equal(number, 1.0), pc.is_in(number, pa.array([0.0, 1.0]))
+        one = pc.equal(number, 1.0)
+        known = pc.or_(one, pc.equal(number, 0.0)).fill_null(False)
         wanted = "0 or 1 (or [[tasks]] positive and negative)"
     if not pc.all(known).as_py():
         bad = pc.index(known, False).as_py()

@@ -1,12 +1,14 @@
 """The ETL job: stage typed raw rows, fit on the training rows alone, encode every split, write the folder at once."""
 
+import contextlib
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +23,12 @@ from etl.faults import Fault
 from etl.folds import OutOfFold
 from etl.formats import files
 from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
-from etl.spec import FeatureSpec, Task
+from etl.spec import Etl, FeatureSpec, Task
 from etl.splits import SPLITS
 from etl.stage import stage
+from etl.threads import in_order
 from etl.transform import Encoded, Transform
 from etl.typed import Report, Typed, of_size, typed_files
-
-Part = TypeVar("Part")
-Done = TypeVar("Done")
 
 
 def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None = None) -> Json:
@@ -39,7 +39,12 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     Raises:
         Fault: whatever is wrong with the raw files or a column; an old folder stays as it was.
     """
-    with new_folder(out, marker="manifest.json") as folder, open_engine(spec.etl, beside=folder) as engine:
+    with (
+        new_folder(out, marker="manifest.json") as folder,
+        open_engine(spec.etl, beside=folder) as engine,
+        _Finished() as finished,
+    ):
+        Thread(target=import_module, args=("etl.engines.compiled",)).start()  # it loads while labels are read
         (raw := folder / "raw").mkdir()
         typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
         train_rows = typed["train"].labels.rows
@@ -55,16 +60,18 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
             group=spec.data.group is not None,
         )
         schema.write(folder)
-        transform, stats = Transform.load(folder / "transform"), {}
+        from etl.engines.compiled import CompiledVocabulary
+
+        transform, stats = Transform.load(folder / "transform", vocabulary=CompiledVocabulary), {}
         for split, part in typed.items():
-            (folder / split).mkdir()
+            shards = _Shards(folder / split, spec.etl, finished=finished)
             encode = engine.encoder(split, part, transform=transform)
-            counted = _encode(spec, part, encode=encode, schema=schema, folder=folder / split, report=report)
+            counted = _encode(spec, part, encode=encode, schema=schema, shards=shards, report=report)
             stats[split] = counted | {"label_rate": part.labels.rates, "label_parts": part.labels.parts}
         shutil.rmtree(raw)
         manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
         manifest |= record(spec, parent, tables=tables)
-        manifest["files"] = _files(folder)
+        manifest["files"] = finished.files(folder)
         write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -120,13 +127,14 @@ def _column(matrix: npt.NDArray[Any], *, filled: npt.NDArray[np.bool_], dtype: s
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
 
 
-def _encode(spec: FeatureSpec, rows: Typed, *, encode: Encode, schema: Schema, folder: Path, report: Report) -> Json:
-    """Writes one split's shards in row order into its folder; counts rows, missing and unseen values by feature."""
-    split, raw_columns = folder.name, list(spec.raw_columns())
+def _encode(
+    spec: FeatureSpec, rows: Typed, *, encode: Encode, schema: Schema, shards: "_Shards", report: Report
+) -> Json:
+    """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
+    split, raw_columns = shards.folder.name, list(spec.raw_columns())
     names = [feature.name for feature in schema.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
-    out_of_fold = OutOfFold.load(folder.parent) if split == "train" else None
-    shards = _Shards(folder, rows_per_shard=spec.etl.rows_per_shard, rows_per_group=spec.etl.rows_per_group)
+    out_of_fold = OutOfFold.load(shards.folder.parent) if split == "train" else None
 
     def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
         first, batch = part
@@ -138,7 +146,7 @@ def _encode(spec: FeatureSpec, rows: Typed, *, encode: Encode, schema: Schema, f
         return encoded, pa.table(columns | ({GROUP: batch[GROUP]} if spec.data.group else {}))
 
     batches = of_size(rows.batches(), rows=spec.etl.rows_per_group)
-    for encoded, table in _in_order(encoded_rows, _numbered(batches)):
+    for encoded, table in in_order(encoded_rows, _numbered(batches)):
         missing += encoded.missing
         unseen += encoded.unseen
         shards.write(table)
@@ -156,25 +164,13 @@ def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.Recor
         first += batch.num_rows
 
 
-def _in_order(work: Callable[[Part], Done], parts: Iterable[Part]) -> Iterator[Done]:
-    """What `work` makes of the parts, in their order; as many at once as there are cores, so memory stays bounded."""
-    cores = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(cores) as pool:
-        pending: deque[Future[Done]] = deque()
-        for part in parts:
-            pending.append(pool.submit(work, part))
-            if len(pending) > cores:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
 class _Shards:
-    """`part-00000.parquet` and on, each of at most `rows_per_shard` rows."""
+    """`part-00000.parquet` and on in a new folder, each of at most `rows_per_shard` rows."""
 
-    def __init__(self, folder: Path, *, rows_per_shard: int, rows_per_group: int) -> None:
-        self.rows = 0
-        self._folder, self._shard_rows, self._group_rows = folder, rows_per_shard, rows_per_group
+    def __init__(self, folder: Path, etl: Etl, *, finished: "_Finished") -> None:
+        folder.mkdir()
+        self.rows, self.folder = 0, folder
+        self._etl, self._finished = etl, finished
         self._writer: pq.ParquetWriter | None = None
         self._left = 0
 
@@ -183,18 +179,22 @@ class _Shards:
             if not self._left:
                 self._next(table.schema)
             head, table = table.slice(0, self._left), table.slice(self._left)
-            self._writer.write_table(head, row_group_size=self._group_rows)  # type: ignore[union-attr]
+            self._writer.write_table(head, row_group_size=self._etl.rows_per_group)  # type: ignore[union-attr]
             self._left -= head.num_rows
             self.rows += head.num_rows
 
     def _next(self, schema: pa.Schema) -> None:
         self.close()
-        path = self._folder / f"part-{self.rows // self._shard_rows:05d}.parquet"
-        self._writer, self._left = _writer(path, schema), self._shard_rows
+        self._writer, self._left = _writer(self._path(self.rows), schema), self._etl.rows_per_shard
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._finished.add(self._path(self.rows - 1))
+
+    def _path(self, row: int) -> Path:
+        """The shard that holds the row."""
+        return self.folder / f"part-{row // self._etl.rows_per_shard:05d}.parquet"
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -211,12 +211,30 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def _files(folder: Path) -> dict[str, Json]:
-    """Every file of the folder with its size and hash; rows where it is parquet."""
-    listed = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        entry: Json = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        if path.suffix == ".parquet":
-            entry["rows"] = pq.ParquetFile(path).metadata.num_rows
-        listed[path.relative_to(folder).as_posix()] = entry
-    return listed
+class _Finished(contextlib.ExitStack):
+    """Syncs files to disk and describes them, beside the work on the next ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pool = self.enter_context(ThreadPoolExecutor(1))
+        self._described: dict[Path, Future[Json]] = {}
+
+    def add(self, path: Path) -> None:
+        """A file that no one will change."""
+        self._described[path] = self._pool.submit(_described, path)
+
+    def files(self, folder: Path) -> dict[str, Json]:
+        """Every file of the folder, described."""
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in paths:
+            if path not in self._described:
+                self.add(path)
+        return {path.relative_to(folder).as_posix(): self._described[path].result() for path in paths}
+
+
+def _described(path: Path) -> Json:
+    """Size and hash of a file that is on disk now, and rows where it is parquet."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    entry: Json = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return entry | ({"rows": pq.ParquetFile(path).metadata.num_rows} if path.suffix == ".parquet" else {})

@@ -43,6 +43,13 @@ class Columns:
     rows: pl.LazyFrame
     paths: tuple[Path, ...]
 
+    def values(self, name: str) -> Iterator[pa.Array]:
+        """One column in batches; of lists their values."""
+        for path in self.paths:
+            for batch in pq.ParquetFile(path).iter_batches(columns=[name], use_threads=False):
+                column = batch.column(0)
+                yield column.flatten() if pa.types.is_nested(column.type) else column
+
     @classmethod
     def staged(cls, path: Path) -> "Columns":
         """Of a file that `etl.stage` wrote."""
@@ -74,9 +81,10 @@ def count_labels(
     sums: dict[int, list[int]] = {}
     for batch in batches:
         labels = {task.name: batch[f"label:{task.name}"].to_numpy() for task in spec.tasks}
-        days, at = np.unique(batch[DAY].to_numpy(), return_inverse=True)
+        days = batch[DAY].dictionary_encode()
+        at = days.indices.to_numpy()
         counts = [np.bincount(at), *(np.bincount(at, ones) for ones in labels.values())]
-        for day, *found in zip(days.tolist(), *counts, strict=True):
+        for day, *found in zip(days.dictionary.to_pylist(), *counts, strict=True):
             before = sums.get(day, [0] * len(found))
             sums[day] = [old + int(new) for old, new in zip(before, found, strict=True)]
         for task in spec.tasks:

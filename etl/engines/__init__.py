@@ -61,7 +61,7 @@ class _Polars:
 
     def fit(self, spec: FeatureSpec, train: Typed, *, transform: Path, parent: Parent | None) -> Fitted:
         with queries_on(self._device):
-            return fit(spec, train.columns, transform=transform, parent=parent)
+            return fit(spec, train.columns, transform=transform, parent=parent, device=self._device)
 
     def encoder(self, split: str, rows: Typed, *, transform: Transform) -> Encode:
         return lambda raw, first: encode(raw, transform, place=place_of(split, first=first, rows=raw.num_rows))

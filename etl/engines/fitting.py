@@ -5,6 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
+from etl.engines.device import Device
 from etl.extend import Parent
 from etl.typed import Columns
 
@@ -16,12 +17,17 @@ class Fitting:
     folder: Path
     train: Columns
     parent: Parent | None
+    device: Device = "cpu"
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the training rows count; not where the parent holds the same ones."""
+        return self.parent is None or self.parent.new_rows
 
     @property
     def new(self) -> pl.LazyFrame:
-        """The training rows that count: all of them, or none where the parent holds the same ones."""
-        rows = self.train.rows
-        return rows if self.parent is None or self.parent.new_rows else rows.head(0)
+        """The training rows that count."""
+        return self.train.rows if self.is_new else self.train.rows.head(0)
 
     def of_parent(self, file: str, otherwise: pl.DataFrame) -> pl.DataFrame:
         """A parquet file of the parent's folder."""

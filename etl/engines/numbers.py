@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from etl.artifact import Json
 from etl.engines.order import Float64s, Reader, order_statistics
@@ -98,13 +97,12 @@ def _moments(chunks: Iterable[Float64s]) -> _Moments:
 def _chunks(feature: Numeric, train: Columns) -> Iterator[Float64s]:
     """The column in chunks of a fixed number of rows, NaN where a row has no number."""
     waiting = np.empty(0)
-    for path in train.paths:
-        for batch in pq.ParquetFile(path).iter_batches(columns=[column_of(feature)], batch_size=_CHUNK):
-            numbers = batch.column(0).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-            waiting = np.concatenate([waiting, numbers]) if len(waiting) else numbers
-            while len(waiting) >= _CHUNK:
-                yield waiting[:_CHUNK]
-                waiting = waiting[_CHUNK:]
+    for values in train.values(column_of(feature)):
+        numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        waiting = np.concatenate([waiting, numbers]) if len(waiting) else numbers
+        while len(waiting) >= _CHUNK:
+            yield waiting[:_CHUNK]
+            waiting = waiting[_CHUNK:]
     yield waiting
 
 

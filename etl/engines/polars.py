@@ -1,20 +1,35 @@
-"""The CPU engine: fits the transform's state with polars' streaming engine, one narrow query a column."""
+"""The CPU engine: fits the transform's state column by column, several at once, with narrow queries of polars."""
 
+from functools import partial
 from pathlib import Path
 
 from etl.artifact import Json
+from etl.engines.device import Device
 from etl.engines.encodings import fit_encoding
 from etl.engines.fitting import Fitting
 from etl.engines.numbers import fit_boundaries, fit_scale
 from etl.engines.vocabulary import Looked, fit_table
 from etl.extend import Parent
 from etl.schema import IdFeature, Table
-from etl.spec import Bag, Count, Cross, FeatureSpec, Numeric, Sequence, Target, column_of, resolve, table_of
+from etl.spec import (
+    Bag,
+    Count,
+    Cross,
+    FeatureSpec,
+    Numeric,
+    Resolved,
+    Sequence,
+    Target,
+    column_of,
+    resolve,
+    table_of,
+)
+from etl.threads import in_order
 from etl.typed import Columns
 
 
 def fit(
-    spec: FeatureSpec, train: Columns, *, transform: Path, parent: Parent | None = None
+    spec: FeatureSpec, train: Columns, *, transform: Path, parent: Parent | None = None, device: Device = "cpu"
 ) -> tuple[Json, list[IdFeature], list[Table]]:
     """Fits on the typed training rows; writes vocabularies and encodings into `transform`, the rest is JSON values.
 
@@ -24,25 +39,38 @@ def fit(
         Fault: a column without any value, or two values with one 64-bit key.
     """
     transform.mkdir()
-    fitting = Fitting(transform.parent, train=train, parent=parent)
-    tables = {table: fit_table(table, users, fitting=fitting) for table, users in spec.shared_tables().items()}
-    encodings = {feature.name: feature for feature in spec.encodings()}
+    fitting = Fitting(transform.parent, train=train, parent=parent, device=device)
+    shared, encodings = spec.shared_tables(), {feature.name: feature for feature in spec.encodings()}
+
+    def fitted(feature: Resolved) -> tuple[Json, int]:
+        if isinstance(feature, Target | Count):
+            return fit_encoding(encodings[feature.name], spec.tasks, fitting=fitting), 0
+        if isinstance(feature, Numeric) and feature.as_ == "dense":
+            return _scale(feature, fitting), 0
+        return _id_step(feature, fitting)
+
+    resolved = list(resolve(spec.features))
+    jobs = [partial(_sized, table, users=users, fitting=fitting) for table, users in shared.items()]
+    jobs += [partial(fitted, feature) for feature in resolved]
+    done = list((in_order if device == "cpu" else map)(lambda job: job(), jobs))
+    tables = {table: rows for table, (_, rows) in zip(shared, done, strict=False)}
     dense: list[Json] = []
     ids: list[Json] = []
     features: list[IdFeature] = []
-    for feature in resolve(spec.features):
-        if isinstance(feature, Target | Count):
-            dense.append(fit_encoding(encodings[feature.name], spec.tasks, fitting=fitting))
-        elif isinstance(feature, Numeric) and feature.as_ == "dense":
-            dense.append(_scale(feature, fitting))
-        else:
-            step, own_rows = _id_step(feature, fitting)
-            ids.append(step)
-            features.append(_described(feature, step))
-            if own_rows:
-                tables[features[-1].table] = own_rows
-    sized = [Table(name=name, rows=size) for name, size in tables.items()]
-    return {"version": 1, "signature": _signature(spec), "features": ids, "dense": dense}, features, sized
+    for feature, (step, own_rows) in zip(resolved, done[len(shared) :], strict=True):
+        if isinstance(feature, Target | Count) or (isinstance(feature, Numeric) and feature.as_ == "dense"):
+            dense.append(step)
+            continue
+        ids.append(step)
+        features.append(_described(feature, step))
+        if own_rows:
+            tables[features[-1].table] = own_rows
+    rows = [Table(name=name, rows=size) for name, size in tables.items()]
+    return {"version": 1, "signature": _signature(spec), "features": ids, "dense": dense}, features, rows
+
+
+def _sized(table: str, *, users: list[Looked], fitting: Fitting) -> tuple[Json, int]:
+    return {}, fit_table(table, users, fitting=fitting)
 
 
 def _scale(feature: Numeric, fitting: Fitting) -> Json:

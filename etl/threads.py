@@ -1,0 +1,23 @@
+"""Work on several cores, in the order of its parts."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Part = TypeVar("Part")
+Done = TypeVar("Done")
+
+
+def in_order(work: Callable[[Part], Done], parts: Iterable[Part]) -> Iterator[Done]:
+    """What `work` makes of the parts, in their order; as many at once as there are cores, so memory stays bounded."""
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores) as pool:
+        pending: deque[Future[Done]] = deque()
+        for part in parts:
+            pending.append(pool.submit(work, part))
+            if len(pending) > cores:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
