@@ -20,7 +20,6 @@ from etl.transform import (
     Packed,
     Signature,
     Transform,
-    beside,
     check_numbers,
     not_reserved,
 )
@@ -46,6 +45,12 @@ def pack(table: pa.Table, signature: Signature) -> Packed:
         beside([np.empty((size, 0), np.int64), *keys]),
         beside([np.empty((size, 0), np.float64), *numbers]),
     )
+
+
+def beside(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Matrices [B, ...] side by side, stored column by column: columns are what is read and written."""
+    joined: npt.NDArray[Any] = np.concatenate([part.T for part in parts])
+    return joined.T
 
 
 def encode(raw: pa.Table, transform: Transform, *, place: str) -> Encoded:

@@ -10,6 +10,7 @@ as it may have values, the unused ones last. `Transform` holds the fitted state 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,9 @@ def mix(keys: Int64s) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-def hashed_rows(keys: Int64s, *, rows: int) -> Int64s:
-    """Rows 1 to rows - 1 by hash; a missing key is row 0."""
-    hashed = (mix(keys) % np.uint64(rows - 1)).astype(np.int64) + 1
-    return np.where(keys == MISSING_KEY, 0, hashed)
+def hashed_rows(keys: Int64s, *, rows: int | Int64s) -> Int64s:
+    """Rows 1 to rows - 1 by hash; a missing key is row 0. Several sizes [H, 1] are those of keys [H, B]."""
+    return np.where(keys == MISSING_KEY, 0, (mix(keys) % np.asarray(rows - 1).astype(np.uint64)).view(np.int64) + 1)
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,6 @@ class Signature:
     def packed_names(self, names: Sequence[str]) -> list[str]:
         """The raw column behind each column of the packed matrix."""
         return [name for name in names for _ in range(self.slots.get(name, 1))]
-
-
-def beside(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Matrices [B, ...] side by side, stored column by column: columns are what is read and written."""
-    joined: npt.NDArray[Any] = np.concatenate([part.T for part in parts])
-    return joined.T
 
 
 def check_numbers(numbers: Float64s, names: Sequence[str]) -> None:
@@ -190,6 +184,9 @@ class Transform:
         self.vocabularies, self.encodings = tables, encodings or {}
         self._key_places = self.signature.places(self.signature.keys)
         self._number_places = self.signature.places(self.signature.numbers)
+        scaled = [step for step in (*self.dense, *self.features) if "mean" in step]
+        self._scaled = np.array([self._number_places[step["column"]].start for step in scaled], np.int64)
+        self._scaling = _as_columns(scaled)
 
     @classmethod
     def load(cls, folder: Path, *, vocabulary: type[Vocabulary] = Vocabulary) -> "Transform":
@@ -203,60 +200,62 @@ class Transform:
 
     def apply(self, packed: Packed) -> Encoded:
         """Packed rows [B, ...] that passed `check` to ids [B, S] and floats [B, N]; never fails."""
+        size, keys = len(packed.keys), self._keys(packed)
+        key_SB = np.concatenate([np.zeros((0, size), np.int64), *(key.T for key in keys.values())])
+        ends = accumulate(key.shape[1] for key in keys.values())
+        places = [slice(end - key.shape[1], end) for key, end in zip(keys.values(), ends, strict=True)]
+        ids_SB = self._ids(key_SB, places)
+        both = [[np.count_nonzero(of[place]) for place in places] for of in (key_SB == MISSING_KEY, ids_SB == 0)]
+        missing, zeros = np.array(both, np.int64)
+        return Encoded(ids_SB.T, self._floats(packed).T, missing, zeros - missing)
+
+    def _keys(self, packed: Packed) -> dict[str, Int64s]:
+        """The values [B, slots] of each id feature before its table is looked up."""
         keys: dict[str, Int64s] = {}
-        ids, values = [], []
         for step in self.features:
-            keys[step["name"]] = key = self._key(step, packed=packed, keys=keys)
-            ids.append(self._rows(step, key))
-            if (value := self._values(step, packed=packed)) is not None:
-                values.append(value)
-        size, none = len(packed.keys), np.zeros((len(packed.keys), 0))
-        dense = [self._dense(step, packed) for step in self.dense]
-        missing = np.array([np.count_nonzero(key == MISSING_KEY) for key in keys.values()], np.int64)
-        zeros = np.array([np.count_nonzero(rows == 0) for rows in ids], np.int64)
-        return Encoded(
-            beside([np.zeros((size, 0), np.int64), *ids]),
-            beside([none, *dense, *values]).astype(np.float32),
-            missing,
-            zeros - missing,
-        )
+            if (kind := step["kind"]) == "cross":
+                keys[step["name"]] = crossed([keys[name] for name in step["inputs"]])
+            elif kind == "buckets":
+                numbers = packed.numbers[:, self._number_places[step["column"]]]
+                keys[step["name"]] = bucket_keys(numbers, step["boundaries"])
+            elif kind == "field":
+                keys[step["name"]] = np.ones((len(packed.keys), 1), np.int64)
+            else:
+                keys[step["name"]] = packed.keys[:, self._key_places[step["column"]]]
+        return keys
 
-    def _dense(self, step: State, packed: Packed) -> Float64s:
-        """One dense input [B, 1]: the number of a value, or a scaled number."""
-        if "by" not in step:
-            return scale(packed.numbers[:, self._number_places[step["column"]]], step)
-        return self.encodings[step["name"]](crossed([packed.keys[:, self._key_places[name]] for name in step["by"]]))
+    def _ids(self, key_SB: Int64s, places: Sequence[slice]) -> Int64s:
+        """Rows of the tables. Hashed columns are taken together, as many as the processor's cache holds."""
+        ids_SB = key_SB.copy()
+        hashed: list[tuple[int, int]] = []  # slot, rows of its table
+        for step, place in zip(self.features, places, strict=True):
+            if step["kind"] == "vocabulary":
+                ids_SB[place] = self.vocabularies[step["table"]](key_SB[place])
+            elif step["kind"] == "buckets":
+                ids_SB[place] = np.where(key_SB[place] == MISSING_KEY, 0, key_SB[place] + 1)
+            elif step["kind"] != "field":
+                hashed += [(at, step["rows"]) for at in range(place.start, place.stop)]
+        together = max(1, (1 << 16) // max(1, key_SB.shape[1]))
+        for start in range(0, len(hashed), together):
+            at, rows = np.array(hashed[start : start + together], np.int64).T
+            ids_SB[at] = hashed_rows(key_SB[at], rows=rows[:, None])
+        ids_SB[key_SB == NO_KEY] = -1
+        return ids_SB
 
-    def _key(self, step: State, *, packed: Packed, keys: Mapping[str, Int64s]) -> Int64s:
-        """The values [B, slots] of an id feature before its table is looked up."""
-        kind = step["kind"]
-        if kind == "cross":
-            return crossed([keys[name] for name in step["inputs"]])
-        if kind == "buckets":
-            return bucket_keys(packed.numbers[:, self._number_places[step["column"]]], step["boundaries"])
-        if kind == "field":
-            return np.ones((len(packed.keys), 1), np.int64)
-        return packed.keys[:, self._key_places[step["column"]]]
-
-    def _rows(self, step: State, key: Int64s) -> Int64s:
-        if step["kind"] == "vocabulary":
-            rows = self.vocabularies[step["table"]](key)
-        elif step["kind"] == "buckets":
-            rows = np.where(key == MISSING_KEY, 0, key + 1)
-        elif step["kind"] == "field":
-            rows = key
-        else:
-            rows = hashed_rows(key, rows=step["rows"])
-        return np.where(key == NO_KEY, -1, rows) if step.get("column") in self.signature.slots else rows
-
-    def _values(self, step: State, *, packed: Packed) -> Float64s | None:
-        """What multiplies the rows [B, slots] of a field or of a bag with weights."""
-        if step["kind"] == "field":
-            return scale(packed.numbers[:, self._number_places[step["column"]]], step)
-        if not step.get("weights"):
-            return None
-        weights = packed.numbers[:, self._number_places[step["weights"]]]
-        return np.where(weights == MISSING_NUMBER, 0.0, weights)
+    def _floats(self, packed: Packed) -> Float32s:
+        """[N, B]: dense inputs, then what multiplies the rows of fields and of bags with weights."""
+        scaled = iter(scale(packed.numbers.T[self._scaled], self._scaling)[:, None])
+        parts = [np.zeros((0, len(packed.keys)))]
+        for step in (*self.dense, *self.features):
+            if "mean" in step:
+                parts.append(next(scaled))
+            elif "by" in step:
+                keys = crossed([packed.keys[:, self._key_places[name]] for name in step["by"]])
+                parts.append(self.encodings[step["name"]](keys).T)
+            elif step.get("weights"):
+                weights = packed.numbers[:, self._number_places[step["weights"]]].T
+                parts.append(np.where(weights == MISSING_NUMBER, 0.0, weights))
+        return np.concatenate(parts).astype(np.float32)
 
     def check(self, packed: Packed) -> None:
         """Raises ValueError naming the column: NaN or infinity, or an id without a weight or a weight without an id."""
@@ -298,8 +297,16 @@ def scale(numbers: Float64s, step: State) -> Float64s:
     if step["clip"]:
         low, high = step["clip"]
         np.clip(x, low, high, out=x)
-    if step["log1p"]:
-        x = log1p(np.maximum(x, 0.0, out=x))
+    if np.any(step["log1p"]):
+        np.copyto(x, log1p(np.maximum(x, 0.0)), where=step["log1p"])
     x -= step["mean"]
     x /= step["std"]
     return x
+
+
+def _as_columns(steps: Sequence[State]) -> State:
+    """The scaling of several numbers as one: columns [N, 1]."""
+    clips = np.array([step["clip"] or (-np.inf, np.inf) for step in steps], float).reshape(-1, 2, 1)
+    kinds = {"fill": float, "mean": float, "std": float, "log1p": bool}
+    columns = {name: np.array([step[name] for step in steps], kind)[:, None] for name, kind in kinds.items()}
+    return {**columns, "clip": (clips[:, 0], clips[:, 1])}

@@ -12,6 +12,8 @@ from etl.pack import pack, text_keys
 from etl.transform import (
     MISSING_KEY,
     MISSING_NUMBER,
+    NO_KEY,
+    Packed,
     Signature,
     Transform,
     Vocabulary,
@@ -135,3 +137,39 @@ def test_signature_survives_json_and_a_cross_needs_all_its_parts() -> None:
     assert encoded.ids[:, 1].tolist() == [2, 1, 2, 0]
     assert encoded.ids[2:, 2].tolist() == [0, 0] and encoded.ids[0, 2] != encoded.ids[1, 2] > 0
     assert encoded.missing.tolist() == [1, 1, 2] and encoded.unseen.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40_000])
+def test_columns_that_are_taken_together_come_out_as_each_alone(rows: int) -> None:
+    """40,000 rows are more than one block of hashed columns."""
+    generator = np.random.default_rng(rows)
+    scaling = [
+        {"fill": 3.0, "clip": [0.0, 5.0], "log1p": True, "mean": 1.0, "std": 2.0},
+        {"fill": -1.0, "clip": None, "log1p": False, "mean": 0.5, "std": 3.0},
+    ]
+    state = {
+        "signature": {
+            "columns": {"a": "int64", "b": "int64", "c": "list<int64>", "m": "float64", "n": "float64"},
+            "keys": ["a", "b", "c"],
+            "numbers": ["m", "n"],
+            "slots": {"c": 2},
+            "newest": [],
+        },
+        "features": [
+            {"name": name, "kind": "hash", "column": name, "rows": size}
+            for name, size in (("a", 11), ("b", 1000), ("c", 2))
+        ],
+        "dense": [{"name": name, "column": name, **step} for name, step in zip("mn", scaling, strict=True)],
+    }
+    keys = generator.choice([MISSING_KEY, 0, 1, 2**62, -5], (rows, 4))
+    keys[: rows // 2, 3] = NO_KEY
+    numbers = generator.choice([MISSING_NUMBER, -2.0, 0.5, 9.0], (rows, 2))
+    encoded = Transform(state, {}).apply(Packed(keys, numbers))
+    wanted = np.stack([hashed_rows(keys[:, at], rows=size) for at, size in enumerate((11, 1000, 2, 2))], axis=1)
+    wanted[keys == NO_KEY] = -1
+    assert np.array_equal(encoded.ids, wanted)
+    floats = [scale(numbers[:, at], step) for at, step in enumerate(scaling)]
+    assert np.array_equal(encoded.floats, np.stack(floats, axis=1).astype(np.float32))
+    absent = keys == MISSING_KEY
+    assert encoded.missing.tolist() == [absent[:, 0].sum(), absent[:, 1].sum(), absent[:, 2:].sum()]
+    assert encoded.unseen.tolist() == [0, 0, 0]

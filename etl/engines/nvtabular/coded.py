@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from etl.engines import place_of
 from etl.engines.nvtabular.plan import Plan
 from etl.engines.nvtabular.prepare import unmarked
-from etl.pack import finite, pack
-from etl.transform import MISSING_NUMBER, NO_KEY, Encoded, Float64s, Int64s, Signature, State, Transform, beside
+from etl.pack import beside, finite, pack
+from etl.transform import MISSING_NUMBER, NO_KEY, Encoded, Float64s, Int64s, Signature, State, Transform
 
 FIRST_CODE = 3
 """The code of Categorify's first value; those below stand for padding, null and unseen."""
