@@ -15,10 +15,11 @@ from etl.pack import ARROW, inner_type, text_keys, typed_column, without_nan
 from etl.schema import GROUP
 from etl.spec import Bag, FeatureSpec, Task, column_of, resolve
 from etl.threads import in_order
+from etl.times import WHOLE, clock
 from etl.transform import RESERVED_KEYS, Int64s
 
 SPLIT, USER, DAY = "split:", "negatives:user", "day:"
-_WHOLE, _DAY_NS = "whole numbers", 86_400 * 10**9
+_DAY_NS = 86_400 * 10**9
 
 _Placed = tuple[int, str, pa.RecordBatch]
 """The place of a file among others, the place of a batch in words, and the batch as it is read."""
@@ -75,7 +76,7 @@ class Reader:
     @property
     def by_day(self) -> bool:
         """Whether rows are told apart by day: where the split has a column of times or dates. By file otherwise."""
-        return self._day is not None and self._clocks.get(self._day, _WHOLE) != _WHOLE
+        return self._day is not None and self._clocks.get(self._day, WHOLE) != WHOLE
 
     def times(self, paths: Sequence[Path], name: str) -> Iterator[Int64s]:
         """One column as times, batch by batch. Raises Fault as `batches`."""
@@ -180,34 +181,13 @@ class Reader:
             got = f"no value in row {np.argmax(np.asarray(column.is_null())) + 1} of these"
             raise Fault(place, got=got, wanted=wanted, remedy=remedy)
         try:
-            clock, times = _clock(column)
+            kind, times = clock(column)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise Fault(place, got=str(error), wanted=wanted, remedy=remedy) from None
-        if (before := self._clocks.setdefault(name, clock)) != clock:
-            raise Fault(place, got=clock, wanted=f"{before}, as before", remedy="give all times in one form")
+        if (before := self._clocks.setdefault(name, kind)) != kind:
+            raise Fault(place, got=kind, wanted=f"{before}, as before", remedy="give all times in one form")
         numbers: Int64s = times.to_numpy(zero_copy_only=False)
         return numbers
-
-
-def _clock(column: pa.Array) -> tuple[str, pa.Array]:
-    """The kind of times, and the times as int64. Raises pyarrow's errors on what is no time."""
-    kind = column.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return _WHOLE, column.cast(pa.int64())
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        zone = getattr(kind, "tz", None)
-        times = column.cast(pa.timestamp("ns", zone)).cast(pa.int64())
-        return "times with a zone" if zone else "times without a zone", times
-    text = column.cast(pa.large_string())
-    for clock, wanted in (
-        (_WHOLE, pa.int64()),
-        ("times with a zone", pa.timestamp("ns", "UTC")),
-    ):
-        try:
-            return clock, text.cast(wanted).cast(pa.int64())
-        except pa.ArrowInvalid:
-            continue
-    return "times without a zone", text.cast(pa.timestamp("ns")).cast(pa.int64())
 
 
 def _texts(column: pa.Array, *, name: str, place: str) -> pa.Array:

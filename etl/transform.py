@@ -25,7 +25,6 @@ Float32s = npt.NDArray[np.float32]
 State = Mapping[str, Any]
 """A part of transform.json, or of the signature, as JSON values."""
 Encodings = Mapping[str, Callable[[Int64s], Float64s]]
-"""Numbers of keys, by dense input."""
 
 MISSING_KEY = np.iinfo(np.int64).min
 NO_KEY = MISSING_KEY + 1
@@ -283,22 +282,11 @@ def crossed(parts: Sequence[Int64s]) -> Int64s:
     return np.where(missing, MISSING_KEY, not_reserved(crossed))
 
 
-def log1p(x: Float64s) -> Float64s:
-    """log(1 + x), of numbers from 0 on, with what 1 + x lost given back: half the time of numpy's own, as exact."""
-    near = x + 1.0
-    log: Float64s = np.log(near)
-    log += (x - (near - 1.0)) / near
-    return log
-
-
 def scale(numbers: Float64s, step: State) -> Float64s:
     """Fill, clip, log1p, scale, in this order and in float64; min-max scaling takes the lowest number and the range."""
     x: Float64s = np.where((numbers == MISSING_NUMBER) | np.isnan(numbers), step["fill"], numbers)
-    if step["clip"]:
-        low, high = step["clip"]
-        np.clip(x, low, high, out=x)
-    if np.any(step["log1p"]):
-        np.copyto(x, log1p(np.maximum(x, 0.0)), where=step["log1p"])
+    x = np.clip(x, *step["clip"]) if step["clip"] else x
+    np.log1p(np.maximum(x, 0.0), where=step["log1p"], out=x)
     x -= step["mean"]
     x /= step["std"]
     return x

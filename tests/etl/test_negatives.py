@@ -114,8 +114,8 @@ def test_draws_depend_on_seed_and_position_alone(folder: Path, monkeypatch: pyte
     assert [row["item"] for row in one["valid"]] != [row["item"] for row in one["test"]]
     real = pq.ParquetFile.iter_batches
 
-    def small(file: pq.ParquetFile, *, columns: list[str], use_threads: bool) -> Any:
-        return real(file, columns=columns, use_threads=use_threads, batch_size=7)
+    def small(file: pq.ParquetFile, **options: Any) -> Any:
+        return real(file, **options, batch_size=7)
 
     monkeypatch.setattr(formats.pq.ParquetFile, "iter_batches", small)
     assert staged(spec()) == one
