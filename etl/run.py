@@ -80,7 +80,7 @@ def _fit(spec: FeatureSpec, train: Typed, *, engine: Engine, folder: Path, paren
     """Fits the transform. Of rows that can't be fitted, a fault of the rows themselves comes first."""
     try:
         return engine.fit(spec, train, transform=folder / "transform", parent=parent)
-    except (Fault, PolarsError):
+    except (Fault, PolarsError, pa.ArrowException, OSError):
         for _ in train.batches():
             pass
         raise

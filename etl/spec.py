@@ -143,14 +143,13 @@ class FeatureSpec(Section):
             for key, named in (("given", task.given), ("implies", task.implies)):
                 if named is not None and named not in others:
                     raise ValueError(f"task '{task.name}': {key} = '{named}' is no other task")
-        ids = {
-            f.name for f in resolved if isinstance(f, Categorical) or (isinstance(f, Numeric) and f.as_ == "buckets")
-        }
+        ids: set[str] = set()
         for feature in resolved:
-            if isinstance(feature, Cross) and (unknown := sorted(set(feature.inputs) - ids)):
-                raise ValueError(
-                    f"cross '{feature.name}': inputs must be categorical or bucket features, not {unknown}"
-                )
+            if isinstance(feature, Categorical) or (isinstance(feature, Numeric) and feature.as_ == "buckets"):
+                ids.add(str(feature.name))
+            elif isinstance(feature, Cross) and (unknown := sorted(set(feature.inputs) - ids)):
+                wanted = "categorical or bucket features that are listed before it"
+                raise ValueError(f"cross '{feature.name}': inputs must be {wanted}, not {unknown}")
         self.data.check(self.raw_columns(), tasks=[task.name for task in self.tasks])
         self.file_columns()
         self.shared_tables()

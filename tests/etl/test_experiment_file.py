@@ -58,6 +58,11 @@ def test_bad_overrides(file: Path, override: str, message: str | None) -> None:
         ('[{ type = "numeric", name = "n", as = "buckets" }]', "'boundaries' or 'quantiles'"),
         ('[{ type = "numeric", name = "n", as = "buckets", boundaries = [2.0, 1.0] }]', "must ascend"),
         ('[{ type = "cross", name = "x", inputs = ["a", "b"], hash_rows = 9 }]', "must be categorical or bucket"),
+        (
+            '[{ type = "cross", name = "x", inputs = ["a", "b"], hash_rows = 9 },'
+            ' { type = "categorical", columns = ["a", "b"] }]',
+            "listed before it, not",
+        ),
         ('[{ type = "categorical", columns = ["a", "a"] }]', "named twice: a"),
         (
             '[{ type = "categorical", name = "a" }, { type = "numeric", name = "n", column = "a" }]',
