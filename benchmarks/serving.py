@@ -10,21 +10,17 @@ The last line is a JSON object: `triton_over_inprocess_512` is CPU time a row th
 transform and program in this process, `triton_over_program_512` over the program's alone, both at 512 rows and one
 client; `rows_per_s_vs_eager_64x8` compares rows/s with the eager model at 64 rows and 8 clients, `cpu_vs_eager_64x8`
 its CPU time a row with ours; `echo_share_64x8` is the empty model's share of our CPU time; `bf16_over_fp32_512`
-compares rows/s of the two precisions and is null on a CPU without bfloat16; `mb_per_instance` is the memory of a
-second instance; `stub_back_s` and `server_back_s` are seconds from a SIGKILL under load to the next right answer.
+compares rows/s of the two precisions and is null on a CPU without bfloat16; the others are those of
+benchmarks/serving_instances.py.
 """
 
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -32,22 +28,17 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import psutil  # noqa: E402
-import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
 
 import etl.transform  # noqa: E402
+from benchmarks.serving_instances import two_instances  # noqa: E402
 from deploy import ranker  # noqa: E402
 from deploy.bench import Load, Measured, load_server, requests_of, run_in_process  # noqa: E402
 from deploy.bench_bundle import ECHO, add_echo, packed_rows  # noqa: E402
 from deploy.bundle import MODEL, read_bundle  # noqa: E402
-from deploy.client import Client  # noqa: E402
 from deploy.repository import make_repository  # noqa: E402
 from deploy.served_program import load_program  # noqa: E402
 from deploy.server import EmbeddedServer, Endpoint, ServerOptions  # noqa: E402
-from etl.faults import Fault  # noqa: E402
-from etl.sources import read_rows  # noqa: E402
 from etl.transform import Packed  # noqa: E402
 
 EAGER = "eager"
@@ -121,7 +112,7 @@ def main() -> None:
         bundle = make_bundle(folder, table_rows=26_000 if options.quick else 3_000_000, dense="fp32")
         half = make_bundle(folder, table_rows=0, dense="bf16") if has_bfloat16() else None
         figures = compare(folder, bundle, half=half, rounds=rounds, seconds=seconds)
-        figures |= recovery(folder, bundle)
+        figures |= two_instances(folder, bundle)
     print(json.dumps(figures))
 
 
@@ -178,15 +169,11 @@ def compare(folder: Path, bundle: Path, *, half: Path | None, rounds: int, secon
                 note(sent(server, packed, model=model, rows=512, load=Load(1, seconds=seconds)))
             for model in (MODEL, EAGER, ECHO):
                 note(sent(server, packed, model=model, rows=64, load=Load(8, seconds=seconds)))
-        one_mb = stubs_mb(server, model=MODEL)
     if half is not None:
         with serving(folder / "half", half) as server, serving(folder / "full", bundle) as other:
             for _ in range(rounds):
                 note(sent(server, packed, model=MODEL, rows=512, load=Load(1, seconds=seconds), side="bf16"))
                 note(sent(other, packed, model=MODEL, rows=512, load=Load(1, seconds=seconds), side="fp32"))
-    with serving(folder / "two", bundle, instances=2) as server:
-        sent(server, packed, model=MODEL, rows=64, load=Load(8, seconds=seconds))
-        two_mb = stubs_mb(server, model=MODEL)
     cpu_us = {side: median(each.cpu_us_per_row or 0.0 for each in all_) for side, all_ in found.items()}
     speed = {side: median(each.rows_per_s for each in all_) for side, all_ in found.items()}
     served = cpu_us[f"{MODEL} 512 x 1"]
@@ -197,7 +184,6 @@ def compare(folder: Path, bundle: Path, *, half: Path | None, rounds: int, secon
         "cpu_vs_eager_64x8": round(cpu_us[f"{EAGER} 64 x 8"] / cpu_us[f"{MODEL} 64 x 8"], 2),
         "echo_share_64x8": round(cpu_us[f"{ECHO} 64 x 8"] / cpu_us[f"{MODEL} 64 x 8"], 2),
         "bf16_over_fp32_512": round(speed["bf16"] / speed["fp32"], 2) if half else None,
-        "mb_per_instance": round(two_mb - one_mb),
     }
 
 
@@ -222,19 +208,16 @@ def in_process(bundle: Path, packed: Packed, *, rows: int) -> tuple[Callable[[in
 
 
 @contextmanager
-def serving(folder: Path, bundle: Path, *, instances: int = 1) -> Iterator[Endpoint]:
-    """The bundle, an echo and the eager network in one server; with two instances the bundle alone."""
-    made = make_repository(bundle, folder / "repository", instances=instances)
-    others: tuple[str, ...] = ()
-    if instances == 1:
-        add_echo(folder / "repository", tasks=len(made.tasks))
-        config = (folder / "repository" / ECHO / "config.pbtxt").read_text(encoding="utf-8")
-        (folder / "repository" / EAGER / "1").mkdir(parents=True)
-        (folder / "repository" / EAGER / "config.pbtxt").write_text(config.replace(f'"{ECHO}"', f'"{EAGER}"'))
-        code = EAGER_MODEL.format(root=str(ROOT), run=made.run)
-        (folder / "repository" / EAGER / "1" / "model.py").write_text(code)
-        others = (ECHO, EAGER)
-    options = ServerOptions(repository=folder / "repository", model=MODEL, others=others, log_dir=folder / "server")
+def serving(folder: Path, bundle: Path) -> Iterator[Endpoint]:
+    """The bundle, an echo and the eager network in one server."""
+    repository = folder / "repository"
+    made = make_repository(bundle, repository, instances=1)
+    add_echo(repository, tasks=len(made.tasks))
+    config = (repository / ECHO / "config.pbtxt").read_text(encoding="utf-8")
+    (repository / EAGER / "1").mkdir(parents=True)
+    (repository / EAGER / "config.pbtxt").write_text(config.replace(f'"{ECHO}"', f'"{EAGER}"'))
+    (repository / EAGER / "1" / "model.py").write_text(EAGER_MODEL.format(root=str(ROOT), run=made.run))
+    options = ServerOptions(repository=repository, model=MODEL, others=(ECHO, EAGER), log_dir=folder / "server")
     with EmbeddedServer(options) as server:
         yield server.start()
 
@@ -244,56 +227,6 @@ def sent(server: Endpoint, packed: Packed, *, model: str, rows: int, load: Load,
     side = side or f"{model} {rows} x {load.clients}"
     requests = requests_of(packed, model, rows=rows)
     return load_server(server.url, requests, rows=rows, load=load, side=side, pid=server.pid)
-
-
-def stubs_mb(server: Endpoint, *, model: str) -> float:
-    """Proportional set size of all stubs of a model: what they share is counted once."""
-    stubs = [child for child in psutil.Process(server.pid).children() if f"/{model}/" in " ".join(child.cmdline())]
-    return sum(float(stub.memory_full_info().pss) for stub in stubs) / 1e6
-
-
-def recovery(folder: Path, bundle: Path) -> dict[str, float]:
-    """Kills a stub, then the server, while clients send; seconds until a right answer."""
-    place = folder / "killed"
-    make_repository(bundle, place / "repository", instances=2)
-    options = ServerOptions(repository=place / "repository", model=MODEL, log_dir=place / "server")
-    stop = threading.Event()
-    with EmbeddedServer(options) as server, ThreadPoolExecutor(max_workers=3) as threads:
-        endpoint = server.start()
-        with Client(url := endpoint.url) as client:
-            rows = read_rows(bundle / "golden" / "requests.jsonl", client.columns)
-        watching = threads.submit(server.supervise, stop)
-        load = [threads.submit(lambda: [answers(url, rows) for _ in iter(stop.is_set, True)]) for _ in range(2)]
-        try:
-            stub = psutil.Process(endpoint.pid).children()[0].pid
-            stub_s = seconds_back(url, rows, kill=stub)
-            state = json.loads((place / "server" / "tritonserver.json").read_text(encoding="utf-8"))
-            server_s = seconds_back(url, rows, kill=state["pid"])
-        finally:
-            stop.set()
-        watching.result()
-        for each in load:
-            each.result()
-    return {"stub_back_s": round(stub_s, 1), "server_back_s": round(server_s, 1)}
-
-
-def seconds_back(url: str, rows: pa.Table, *, kill: int) -> float:
-    """From the kill to the eighth of as many answers in a row."""
-    time.sleep(1)
-    os.kill(kill, signal.SIGKILL)
-    begin, good = time.perf_counter(), 0
-    while good < 8:  # with one of two stubs dead, half of them would fail
-        good = good + 1 if answers(url, rows) else 0
-    return time.perf_counter() - begin
-
-
-def answers(url: str, rows: pa.Table) -> bool:
-    """Whether the server scores these rows within two seconds."""
-    try:
-        with Client(url, deadline_s=2.0) as client:
-            return bool(np.isfinite(client.score(rows).score).all())
-    except Fault:
-        return False
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ class Tally:
         scaled = [step for step in self._features if step["kind"] == "field"]
         scaled += [step for step in transform.dense if "by" not in step]
         self._numbers = [(step, places[step["column"]].start) for step in scaled if step["name"] not in skip]
-        self._clipping = [(step["clip"], at) for step, at in self._numbers if step["clip"]]
+        self._clipping = np.array([at for step, at in self._numbers if step["clip"]], np.int64)
+        clips = [step["clip"] for step, _ in self._numbers if step["clip"]]
+        self._low, self._high = np.array(clips, np.float64).reshape(-1, 2).T
         self._clear()
 
     def _clear(self) -> None:
@@ -79,10 +81,9 @@ class Tally:
         absent = np.count_nonzero(packed.numbers == self._missing_number, axis=0)
         parts = (np.count_nonzero(encoded.ids >= 0, axis=0), encoded.missing, encoded.unseen, absent)
         self._sums = [total + part for total, part in zip(self._sums, parts, strict=True)]
-        for index, ((low, high), at) in enumerate(self._clipping):
-            number_B = packed.numbers[:, at]
-            outside = ((number_B < low) & (number_B != self._missing_number)) | (number_B > high)
-            self._clipped[index] += np.count_nonzero(outside)
+        number_BC = packed.numbers[:, self._clipping]
+        low = (number_BC < self._low) & (number_BC != self._missing_number)
+        self._clipped += np.count_nonzero(low | (number_BC > self._high), axis=0)
 
     def take(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Feature by feature what was counted since the last time."""

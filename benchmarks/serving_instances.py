@@ -1,0 +1,103 @@
+"""A bundle on Triton with two instances: memory of the second, and how soon a killed process is back.
+
+`python benchmarks/serving_instances.py BUNDLE`; benchmarks/serving.py does the same with its own bundle. The last line
+is a JSON object. `mb_per_instance` is what ending one of the two stubs would free, after both have scored: its unique
+set size. It counts no library and no mapped weight, since the other stub has them too, whatever else runs on the
+machine; a difference of proportional sizes would count libraries by how many other processes use them. `stub_back_s`
+and `server_back_s` are seconds from a SIGKILL, while two clients send, to the eighth right answer in a row.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from deploy.bundle import MODEL
+from deploy.client import Client
+from deploy.repository import make_repository
+from deploy.server import EmbeddedServer, ServerOptions
+from etl.faults import Fault
+from etl.sources import read_rows
+
+
+def main() -> None:
+    """Serves the bundle, measures, prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    with tempfile.TemporaryDirectory(prefix="serving-benchmark-") as scratch:
+        print(json.dumps(two_instances(Path(scratch), options.bundle)))
+
+
+def two_instances(folder: Path, bundle: Path) -> dict[str, float]:
+    """Megabytes of an instance; seconds after the death of a stub, and after that of the server."""
+    place = folder / "two"
+    make_repository(bundle, place / "repository", instances=2)
+    options = ServerOptions(repository=place / "repository", model=MODEL, log_dir=place / "server")
+    stop = threading.Event()
+    with EmbeddedServer(options) as server, ThreadPoolExecutor(max_workers=3) as threads:
+        endpoint = server.start()
+        with Client(url := endpoint.url) as client:
+            rows = read_rows(bundle / "golden" / "requests.jsonl", client.columns)
+        watching = threads.submit(server.supervise, stop)
+        load = [threads.submit(keep_asking, url, rows, stop=stop) for _ in range(2)]
+        try:
+            time.sleep(2)
+            stubs = psutil.Process(endpoint.pid).children()
+            instance_mb = max(stub.memory_full_info().uss for stub in stubs) / 1e6
+            stub_s = seconds_back(url, rows, kill=stubs[0].pid)
+            time.sleep(1)  # the new process is written down once all its ports answer
+            state = json.loads((place / "server" / "tritonserver.json").read_text(encoding="utf-8"))
+            server_s = seconds_back(url, rows, kill=state["pid"])
+        finally:
+            stop.set()
+        for each in (watching, *load):
+            each.result()
+    return {"mb_per_instance": round(instance_mb), "stub_back_s": round(stub_s, 1), "server_back_s": round(server_s, 1)}
+
+
+def keep_asking(url: str, rows: pa.Table, *, stop: threading.Event) -> None:
+    """One client, one request after the other."""
+    with Client(url, deadline_s=2.0) as client:
+        while not stop.is_set():
+            with suppress(Fault):
+                client.score(rows)
+
+
+def seconds_back(url: str, rows: pa.Table, *, kill: int) -> float:
+    """From the kill to the eighth of as many answers in a row."""
+    time.sleep(1)
+    os.kill(kill, signal.SIGKILL)
+    begin, good = time.perf_counter(), 0
+    while good < 8:  # with one of two stubs dead, half of them would fail
+        good = good + 1 if answers(url, rows) else 0
+        time.sleep(0.0 if good else 0.02)  # a refused connection costs nothing, and trying without rest a whole core
+    return time.perf_counter() - begin
+
+
+def answers(url: str, rows: pa.Table) -> bool:
+    """Whether the server scores these rows within two seconds."""
+    try:
+        with Client(url, deadline_s=2.0) as client:
+            return bool(np.isfinite(client.score(rows).score).all())
+    except Fault:
+        return False
+
+
+if __name__ == "__main__":
+    main()
