@@ -111,6 +111,8 @@ def main() -> None:
         folder = Path(scratch)
         bundle = make_bundle(folder, table_rows=26_000 if options.quick else 3_000_000, dense="fp32")
         half = make_bundle(folder, table_rows=0, dense="bf16") if has_bfloat16() else None
+        if half is None:
+            print("bf16 over fp32: skipped, this CPU has neither AVX512-BF16 nor AMX-BF16")
         figures = compare(folder, bundle, half=half, rounds=rounds, seconds=seconds)
         figures |= two_instances(folder, bundle)
     print(json.dumps(figures))

@@ -9,7 +9,8 @@ DeepFM with 26 ids and 13 numbers, 3,000,000 rows x 16 in 26 tables, three layer
 The sides take turns, round after round; figures are medians over the rounds. Memory is the growth of the proportional
 set size of all processes by a second one that scores with every row of the same files. The last line is a JSON object:
 `<side>_over_ebc_<rows>` and `native_over_eager_<rows>` are ratios of CPU time (below 1: faster), `bf16_over_fp32_512`
-and `int8_over_fp32_512` of speed (above 1: faster), `mb_per_instance` megabytes.
+and `int8_over_fp32_512` of speed (above 1: faster), `mb_per_instance` megabytes. `bf16_over_fp32_512` is null, and a
+line says so, on a CPU that does not multiply bfloat16.
 """
 
 import argparse
@@ -71,7 +72,8 @@ def main() -> None:
         sides = saved_sides(network, Path(folder))
         times = timed(sides, rows=rows // IDS, rounds=rounds)
         sizes = {name: (path / "weights.safetensors").stat().st_size for name, path in paths(Path(folder)).items()}
-        figures: dict[str, object] = {"level": level_of("auto"), "bf16_on_cpu": bool({"avx512bf16"} & cpu_flags())}
+        bf16_on_cpu = bool({"avx512bf16", "amxbf16"} & cpu_flags())
+        figures: dict[str, object] = {"level": level_of("auto"), "bf16_on_cpu": bf16_on_cpu}
         print(f"{'':8}{'MB':>8}" + "".join(f"{f'{size} rows, ms':>14}" for size in CALLS))
         for name in sides:
             megabytes = f"{sizes[name] / 1e6:8.0f}" if name in sizes else " " * 8
@@ -81,6 +83,9 @@ def main() -> None:
             figures[f"native_over_eager_{size}"] = times["native", size] / times["eager", size]
         for name in ("bf16", "int8"):
             figures[f"{name}_over_fp32_512"] = times["native", 512] / times[name, 512]
+        if not bf16_on_cpu:
+            figures["bf16_over_fp32_512"] = None
+            print("bf16 over fp32: skipped, this CPU has neither AVX512-BF16 nor AMX-BF16")
         figures["mb_per_instance"] = instance_mb(paths(Path(folder))["native"], rows=rows // IDS)
     print(json.dumps({name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()}))
 

@@ -9,7 +9,7 @@ import pytest
 
 from deploy import export as exporting
 from deploy.bundle import Cost, read_bundle
-from deploy.precision import PRECISIONS, refuse_costly
+from deploy.precision import PRECISIONS, cost_lines, refuse_costly
 from deploy.program import Precision, ServedNetwork
 from etl.faults import Fault
 from recsys.experiment import Export
@@ -80,6 +80,10 @@ def test_the_manifest_says_what_each_precision_costs(exported: Path) -> None:
     assert exact.ne["buy"] == pytest.approx(bundle.metrics["valid"]["buy/ne"], abs=1e-6)
     assert all(0 < cost.difference < 0.01 and cost.rows == exact.rows for cost in lower)
     assert bundle.costs[2].size_bytes < exact.size_bytes
+    lines = cost_lines(bundle.costs)  # what `export` prints
+    assert [tuple(line.split()[:2]) for line in lines[1:-1]] == [tuple(precision) for precision in PRECISIONS]
+    assert f"{exact.auc['click']:.5f}" in lines[1] and f"{exact.ne['click']:.5f}" in lines[1]
+    assert lines[-1] == f"of task 'click', on {exact.rows:,} validation rows"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
