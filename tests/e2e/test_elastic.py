@@ -1,14 +1,22 @@
-"""Ranks that die or fail: the others end soon and say who it was."""
+"""Ranks and hosts that die: the others end soon and say who it was, and torchrun goes on from the last checkpoint."""
 
+import contextlib
+import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.e2e.test_ranks import toml
+from tests.recsys.conftest import RAW, write_dataset
 
 pytestmark = pytest.mark.dist
 
@@ -66,3 +74,116 @@ def test_a_rank_that_fails_tells_the_other_one_why(pair: list[subprocess.Popen[s
     _, said = pair[0].communicate(timeout=20 * DEAD_AFTER_S)
     assert "RuntimeError: of its own" in own
     assert pair[0].returncode in (1, 2) and "ended: of its own" in said, said
+
+
+def prepare(folder: Path) -> Path:
+    """A dataset and an experiment that saves often."""
+    write_dataset(folder / "data")
+    saving = {"checkpoint_every_steps": 5, "batch_size": 64, "epochs": 2, "dead_after_s": DEAD_AFTER_S}
+    sections = RAW | {"train": RAW["train"] | saving}
+    path = folder / "known.toml"
+    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in sections.items()))
+    return path
+
+
+def torchrun(folder: Path, name: str, *options: str) -> list[str]:
+    own = ["-m", "recsys", "train", str(folder / "known.toml")]
+    where = ["--data", str(folder / "data"), "--run-dir", str(folder / name)]
+    return [sys.executable, "-m", "torch.distributed.run", *options, *own, *where]
+
+
+def await_checkpoint(run: Path, *, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while not list(run.glob("checkpoints/step-*/complete")):
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint"
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def exact(run: Path) -> dict[str, object]:
+    result = json.loads((run / "result.json").read_text())
+    return {key: value for key, value in result.items() if "second" not in key}
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_kill_and_comes_to_the_same_end(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    both = ("--standalone", "--nproc-per-node=2", "--max-restarts=2")
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(torchrun(tmp_path, "killed", *both), cwd=ROOT, stdout=log, stderr=log)
+        await_checkpoint(tmp_path / "killed", process=process)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-4000:]
+    assert "attempt" in (tmp_path / "log").read_text() or "restart" in (tmp_path / "log").read_text()
+    done = subprocess.run(torchrun(tmp_path, "whole", *both), cwd=ROOT, capture_output=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    assert exact(tmp_path / "killed") == exact(tmp_path / "whole")
+
+
+@pytest.fixture
+def hosts() -> Iterator[dict[str, str]]:
+    """Two network namespaces with a cable between them: name -> address."""
+    names = {f"{side}-{os.getpid()}": f"10.231.7.{at}" for at, side in enumerate(("left", "right"), start=1)}
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    if subprocess.run(["ip", "netns", "add", next(iter(names))], capture_output=True, check=False).returncode:
+        pytest.skip("network namespaces are not permitted here")
+    try:
+        left, right = names
+        call("ip", "netns", "add", right)
+        call("ip", "link", "add", "cable", "netns", left, "type", "veth", "peer", "name", "cable", "netns", right)
+        for name, address in names.items():
+            call("ip", "-n", name, "address", "add", f"{address}/24", "dev", "cable")
+            call("ip", "-n", name, "link", "set", "lo", "up")
+            call("ip", "-n", name, "link", "set", "cable", "up")
+        yield names
+    finally:
+        for name in names:
+            lose_power(name)
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def call(*line: str) -> str:
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout
+
+
+def lose_power(host: str) -> None:
+    """The cable is dead first, so that nobody hears a connection close."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        call("ip", "-n", host, "link", "set", "cable", "down")
+        for pid in call("ip", "netns", "pids", host).split():
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def host_process(folder: Path, host: str, *, hosts: dict[str, str]) -> subprocess.Popen[bytes]:
+    """torchrun on a host: one rank; the first host keeps the rendezvous."""
+    first = next(iter(hosts))
+    rendezvous = f"is_host={str(host == first).lower()},keep_alive_interval=1,keep_alive_max_attempt=3"
+    options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=known"]
+    options += [f"--rdzv-endpoint={hosts[first]}:29511", f"--rdzv-conf={rendezvous}", f"--local-addr={hosts[host]}"]
+    start = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', host]
+    own = os.environ | {"GLOO_SOCKET_IFNAME": "cable"}
+    with (folder / f"{host}.log").open("ab") as log:
+        return subprocess.Popen([*start, *torchrun(folder, "run", *options)], cwd=ROOT, env=own, stdout=log, stderr=log)
+
+
+@pytest.mark.slow
+def test_a_host_that_loses_power_is_named_by_the_other_one(tmp_path: Path, hosts: dict[str, str]) -> None:
+    prepare(tmp_path)
+    left, right = hosts
+    processes = [host_process(tmp_path, host, hosts=hosts) for host in hosts]
+    await_checkpoint(tmp_path / "run", process=processes[0])
+    lose_power(right)
+    processes[1].wait()
+    log, deadline = tmp_path / f"{left}.log", time.monotonic() + 60
+    named = re.compile(rf"rank \d on {left} .* ends, since rank \d on {right} .* has been silent for")
+    while not named.search(log.read_text()):
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.1)
+    assert not (tmp_path / "run" / "result.json").exists(), "it ended before the power was lost"
+    lose_power(left)
+    processes[0].wait()
