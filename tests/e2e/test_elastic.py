@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from recsys.checkpoint import latest
+from recsys.parallel.state import read_tensors
+from recsys.progress import quiet_libraries
 from tests.e2e.test_ranks import toml
 from tests.recsys.conftest import RAW, write_dataset
 
@@ -22,6 +25,7 @@ pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).parents[2]
 DEAD_AFTER_S = 3.0
+ONE_HOST = ("--standalone", "--nproc-per-node=2", "--max-restarts=2")
 WORKER = """
 import sys, time
 from etl.faults import exit_on_fault
@@ -76,14 +80,17 @@ def test_a_rank_that_fails_tells_the_other_one_why(pair: list[subprocess.Popen[s
     assert pair[0].returncode in (1, 2) and "ended: of its own" in said, said
 
 
-def prepare(folder: Path) -> Path:
-    """A dataset and an experiment that saves often."""
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset, an experiment that saves often, and its run on two ranks that nobody killed."""
+    folder = tmp_path_factory.mktemp("elastic")
     write_dataset(folder / "data")
     saving = {"checkpoint_every_steps": 5, "batch_size": 64, "epochs": 2, "dead_after_s": DEAD_AFTER_S}
-    sections = RAW | {"train": RAW["train"] | saving}
-    path = folder / "known.toml"
-    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in sections.items()))
-    return path
+    sections = RAW | {"train": RAW["train"] | saving, "embedding": RAW["embedding"] | {"sharding": "row_wise"}}
+    (folder / "known.toml").write_text("".join(f"{key} = {toml(value)}\n" for key, value in sections.items()))
+    done = subprocess.run(torchrun(folder, "whole", *ONE_HOST), cwd=ROOT, capture_output=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    return folder
 
 
 def torchrun(folder: Path, name: str, *options: str) -> list[str]:
@@ -99,29 +106,38 @@ def await_checkpoint(run: Path, *, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found]
+def ranks_of(torchrun: subprocess.Popen[bytes]) -> dict[int, int]:
+    """Rank -> process id."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    own = {child: Path(f"/proc/{child}/environ").read_text().split("\0") for child in children}
+    return {int(line[5:]): int(child) for child, lines in own.items() for line in lines if line.startswith("RANK=")}
 
 
-def exact(run: Path) -> dict[str, object]:
+def exact(run: Path) -> tuple[dict[str, object], dict[str, bytes]]:
+    """The result, and every weight and state."""
+    quiet_libraries()
     result = json.loads((run / "result.json").read_text())
-    return {key: value for key, value in result.items() if "second" not in key}
+    newest = latest(run)
+    assert newest and newest[1].finished
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in read_tensors(newest[0]).items()}
+    return {key: value for key, value in result.items() if "second" not in key}, tensors
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_after_a_kill_and_comes_to_the_same_end(tmp_path: Path) -> None:
-    prepare(tmp_path)
-    both = ("--standalone", "--nproc-per-node=2", "--max-restarts=2")
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(torchrun(tmp_path, "killed", *both), cwd=ROOT, stdout=log, stderr=log)
-        await_checkpoint(tmp_path / "killed", process=process)
-        os.kill(children(process.pid)[-1], signal.SIGKILL)
-        assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-4000:]
-    assert "attempt" in (tmp_path / "log").read_text() or "restart" in (tmp_path / "log").read_text()
-    done = subprocess.run(torchrun(tmp_path, "whole", *both), cwd=ROOT, capture_output=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
-    assert exact(tmp_path / "killed") == exact(tmp_path / "whole")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_restarts_after_a_kill_and_comes_to_the_same_end(prepared: Path, rank: int) -> None:
+    name, log = f"rank-{rank}-killed", prepared / f"rank-{rank}.log"
+    with log.open("wb") as said:
+        process = subprocess.Popen(torchrun(prepared, name, *ONE_HOST), cwd=ROOT, stdout=said, stderr=said)
+    await_checkpoint(prepared / name, process=process)
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    try:
+        assert process.wait(timeout=200) == 0, log.read_text()[-4000:]
+    finally:
+        process.terminate()
+        process.wait()
+    assert f"failed (exitcode: -9) local_rank: {rank}" in log.read_text()
+    assert exact(prepared / name) == exact(prepared / "whole")
 
 
 @pytest.fixture
@@ -165,25 +181,32 @@ def host_process(folder: Path, host: str, *, hosts: dict[str, str]) -> subproces
     rendezvous = f"is_host={str(host == first).lower()},keep_alive_interval=1,keep_alive_max_attempt=3"
     options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=known"]
     options += [f"--rdzv-endpoint={hosts[first]}:29511", f"--rdzv-conf={rendezvous}", f"--local-addr={hosts[host]}"]
+    train = torchrun(folder, "hosts", *options)
     start = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', host]
-    own = os.environ | {"GLOO_SOCKET_IFNAME": "cable"}
+    own = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (folder / f"{host}.log").open("ab") as log:
-        return subprocess.Popen([*start, *torchrun(folder, "run", *options)], cwd=ROOT, env=own, stdout=log, stderr=log)
+        return subprocess.Popen([*start, *train], cwd=ROOT, env=own, stdout=log, stderr=log)
+
+
+def await_name(log: Path, *, what: str) -> None:
+    deadline = time.monotonic() + 20 * DEAD_AFTER_S
+    while not re.search(what, log.read_text()):
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
-def test_a_host_that_loses_power_is_named_by_the_other_one(tmp_path: Path, hosts: dict[str, str]) -> None:
-    prepare(tmp_path)
+def test_a_host_that_loses_power_is_named_and_comes_back(prepared: Path, hosts: dict[str, str]) -> None:
     left, right = hosts
-    processes = [host_process(tmp_path, host, hosts=hosts) for host in hosts]
-    await_checkpoint(tmp_path / "run", process=processes[0])
+    processes = [host_process(prepared, host, hosts=hosts) for host in hosts]
+    await_checkpoint(prepared / "hosts", process=processes[0])
     lose_power(right)
     processes[1].wait()
-    log, deadline = tmp_path / f"{left}.log", time.monotonic() + 60
-    named = re.compile(rf"rank \d on {left} .* ends, since rank \d on {right} .* has been silent for")
-    while not named.search(log.read_text()):
-        assert time.monotonic() < deadline, log.read_text()[-4000:]
-        time.sleep(0.1)
-    assert not (tmp_path / "run" / "result.json").exists(), "it ended before the power was lost"
-    lose_power(left)
-    processes[0].wait()
+    named = rf"rank \d on {left} .* ends, since rank \d on {right} .* has been silent"
+    await_name(prepared / f"{left}.log", what=named)
+    assert not (prepared / "hosts" / "result.json").exists(), "it ended before the power was lost"
+    call("ip", "-n", right, "link", "set", "cable", "up")
+    processes[1] = host_process(prepared, right, hosts=hosts)
+    for process, host in zip(processes, hosts, strict=True):
+        assert process.wait(timeout=200) == 0, (prepared / f"{host}.log").read_text()[-4000:]
+    assert exact(prepared / "hosts") == exact(prepared / "whole")
