@@ -29,7 +29,7 @@ class Alive:
         self._dead_after_s, self._beat_s = dead_after_s, min(dead_after_s / _BEATS_OF_SILENCE, _LONGEST_BEAT_S)
         self._names = {rank: f"rank {rank} on {socket.gethostname()} (process {os.getpid()})"}
         self._store.set(f"name-{rank}", self._names[rank])
-        self._stop, self._parent = threading.Event(), os.getppid()
+        self._stop, self._parent = threading.Event(), os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._reached_s = self._heard_s = time.monotonic()
         self._neighbour, self._came, self._word = (rank + 1) % size, False, ""
         # the store's answer may never come: who waits for it cannot watch
@@ -92,8 +92,8 @@ class Alive:
             now, patience_s = time.monotonic(), self._dead_after_s if self._came else COME_WITHIN_S
             if self._word:
                 self._end(self._word)
-            if os.getppid() != self._parent:
-                self._end("what started it ended")
+            if self._parent not in (None, os.getppid()):  # nobody would end it, and the next start takes its run folder
+                self._end(f"the torchrun of {self.name} ended")
             if now - self._reached_s > self._dead_after_s:
                 self._end(self._lost_store())
             if now - self._heard_s > patience_s:

@@ -24,7 +24,7 @@ from tests.recsys.conftest import RAW, write_dataset
 pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).parents[2]
-DEAD_AFTER_S = 3.0
+DEAD_AFTER_S = 6.0
 ONE_HOST = ("--standalone", "--nproc-per-node=2", "--max-restarts=2")
 WORKER = """
 import sys, time
@@ -42,11 +42,34 @@ with exit_on_fault(), open_world("cpu", dead_after_s=float(sys.argv[1])) as worl
 """
 
 
+EARLY = """
+import os, sys, time
+from etl.faults import exit_on_fault
+from recsys.parallel.meeting import meeting
+from recsys.parallel.world import open_world
+
+with exit_on_fault():
+    if os.environ["RANK"] == "0":
+        open_world("cpu", dead_after_s=float(sys.argv[1])).__enter__()
+    with meeting(1, 2, dead_after_s=float(sys.argv[1])):
+        sys.stdout.write("met\\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+"""
+
+
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Two ranks; rank 0 waits in a collective for rank 1, which waits for a word."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+    with two_ranks(tmp_path, WORKER) as ranks:
+        assert all(rank.stdout and rank.stdout.readline() == "joined\n" for rank in ranks)
+        yield ranks
+
+
+@contextlib.contextmanager
+def two_ranks(folder: Path, worker: str) -> Iterator[list[subprocess.Popen[str]]]:
+    script = folder / "worker.py"
+    script.write_text(worker)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,7 +79,6 @@ def pair(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         own = os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(subprocess.Popen([sys.executable, script, str(DEAD_AFTER_S)], env=own, text=True, **pipes))
-    assert all(rank.stdout and rank.stdout.readline() == "joined\n" for rank in ranks)
     yield ranks
     for rank in ranks:
         rank.kill()
@@ -80,12 +102,21 @@ def test_a_rank_that_fails_tells_the_other_one_why(pair: list[subprocess.Popen[s
     assert pair[0].returncode in (1, 2) and "ended: of its own" in said, said
 
 
+def test_a_rank_that_dies_before_all_are_connected_is_named(tmp_path: Path) -> None:
+    with two_ranks(tmp_path, EARLY) as ranks:
+        assert ranks[1].stdout and ranks[1].stdout.readline() == "met\n"
+        ranks[1].kill()
+        _, said = ranks[0].communicate(timeout=20 * DEAD_AFTER_S)
+    assert f"rank 1 on {socket.gethostname()} (process {ranks[1].pid})" in said, said
+    assert ranks[0].returncode in (1, 2)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dataset, an experiment that saves often, and its run on two ranks that nobody killed."""
     folder = tmp_path_factory.mktemp("elastic")
     write_dataset(folder / "data")
-    saving = {"checkpoint_every_steps": 5, "batch_size": 64, "epochs": 2, "dead_after_s": DEAD_AFTER_S}
+    saving = {"checkpoint_every_steps": 5, "batch_size": 32, "epochs": 2, "dead_after_s": DEAD_AFTER_S}
     sections = RAW | {"train": RAW["train"] | saving, "embedding": RAW["embedding"] | {"sharding": "row_wise"}}
     (folder / "known.toml").write_text("".join(f"{key} = {toml(value)}\n" for key, value in sections.items()))
     done = subprocess.run(torchrun(folder, "whole", *ONE_HOST), cwd=ROOT, capture_output=True, check=False, timeout=300)
@@ -140,6 +171,26 @@ def test_torchrun_restarts_after_a_kill_and_comes_to_the_same_end(prepared: Path
     assert exact(prepared / name) == exact(prepared / "whole")
 
 
+@pytest.mark.slow
+def test_ranks_end_with_their_torchrun_and_the_same_command_goes_on(prepared: Path) -> None:
+    log = prepared / "alone.log"
+    with log.open("wb") as said:
+        process = subprocess.Popen(torchrun(prepared, "alone", *ONE_HOST), cwd=ROOT, stdout=said, stderr=said)
+    await_checkpoint(prepared / "alone", process=process)
+    ranks = ranks_of(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20 * DEAD_AFTER_S
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.1)
+    assert not (prepared / "alone" / "result.json").exists(), "they trained on"
+    again = torchrun(prepared, "alone", *ONE_HOST)
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    assert exact(prepared / "alone") == exact(prepared / "whole")
+
+
 @pytest.fixture
 def hosts() -> Iterator[dict[str, str]]:
     """Two network namespaces with a cable between them: name -> address."""
@@ -175,16 +226,16 @@ def lose_power(host: str) -> None:
             os.kill(int(pid), signal.SIGKILL)
 
 
-def host_process(folder: Path, host: str, *, hosts: dict[str, str]) -> subprocess.Popen[bytes]:
+def host_process(folder: Path, host: str, *, hosts: dict[str, str], run: str) -> subprocess.Popen[bytes]:
     """torchrun on a host: one rank; the first host keeps the rendezvous."""
     first = next(iter(hosts))
     rendezvous = f"is_host={str(host == first).lower()},keep_alive_interval=1,keep_alive_max_attempt=3"
     options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=known"]
     options += [f"--rdzv-endpoint={hosts[first]}:29511", f"--rdzv-conf={rendezvous}", f"--local-addr={hosts[host]}"]
-    train = torchrun(folder, "hosts", *options)
+    train = torchrun(folder, run, *options)
     start = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', host]
     own = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with (folder / f"{host}.log").open("ab") as log:
+    with (folder / f"{run}-{host}.log").open("ab") as log:
         return subprocess.Popen([*start, *train], cwd=ROOT, env=own, stdout=log, stderr=log)
 
 
@@ -198,15 +249,29 @@ def await_name(log: Path, *, what: str) -> None:
 @pytest.mark.slow
 def test_a_host_that_loses_power_is_named_and_comes_back(prepared: Path, hosts: dict[str, str]) -> None:
     left, right = hosts
-    processes = [host_process(prepared, host, hosts=hosts) for host in hosts]
+    processes = [host_process(prepared, host, hosts=hosts, run="hosts") for host in hosts]
     await_checkpoint(prepared / "hosts", process=processes[0])
     lose_power(right)
     processes[1].wait()
     named = rf"rank \d on {left} .* ends, since rank \d on {right} .* has been silent"
-    await_name(prepared / f"{left}.log", what=named)
+    await_name(prepared / f"hosts-{left}.log", what=named)
     assert not (prepared / "hosts" / "result.json").exists(), "it ended before the power was lost"
     call("ip", "-n", right, "link", "set", "cable", "up")
-    processes[1] = host_process(prepared, right, hosts=hosts)
+    processes[1] = host_process(prepared, right, hosts=hosts, run="hosts")
     for process, host in zip(processes, hosts, strict=True):
-        assert process.wait(timeout=200) == 0, (prepared / f"{host}.log").read_text()[-4000:]
+        assert process.wait(timeout=200) == 0, (prepared / f"hosts-{host}.log").read_text()[-4000:]
     assert exact(prepared / "hosts") == exact(prepared / "whole")
+
+
+@pytest.mark.slow
+def test_the_host_of_the_rendezvous_that_loses_power_is_named(prepared: Path, hosts: dict[str, str]) -> None:
+    """Its store is gone as well: nothing can be restarted but by starting torchrun on both hosts."""
+    left, right = hosts
+    processes = [host_process(prepared, host, hosts=hosts, run="first-lost") for host in hosts]
+    await_checkpoint(prepared / "first-lost", process=processes[0])
+    lose_power(left)
+    named = rf"rank \d on {right} .* ends, since .*rank \d on {left} "
+    await_name(prepared / f"first-lost-{right}.log", what=named)
+    lose_power(right)
+    for process in processes:
+        process.wait()
