@@ -30,7 +30,8 @@ class Alive:
         self._names = {rank: f"rank {rank} on {socket.gethostname()} (process {os.getpid()})"}
         self._store.set(f"name-{rank}", self._names[rank])
         self._stop, self._parent = threading.Event(), os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._reached_s = self._heard_s = time.monotonic()
+        # in beats of `_watch`: while this process does not get to run, as at a long import, nobody is silent
+        self._unreached = self._unheard = 0
         self._neighbour, self._came, self._word = (rank + 1) % size, False, ""
         # the store's answer may never come: who waits for it cannot watch
         self._beating = threading.Thread(target=self._beat, name="alive-beat", daemon=True)
@@ -80,23 +81,24 @@ class Alive:
                 before, heard = heard, self._count(self._neighbour)
                 self._word = self._ended()
                 self._name(0), self._name(self._neighbour)  # to be known where nobody can be asked any more
-                self._reached_s = time.monotonic()
+                self._unreached = 0
                 if heard != before or heard == _DONE.encode():
-                    self._heard_s, self._came = self._reached_s, True
+                    self._unheard, self._came = 0, True
             self._stop.wait(self._beat_s)
         with contextlib.suppress(RuntimeError):
             self._store.set(f"beat-{self._rank}", _DONE)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._beat_s):
-            now, patience_s = time.monotonic(), self._dead_after_s if self._came else COME_WITHIN_S
+            self._unreached, self._unheard = self._unreached + 1, self._unheard + 1
+            patience_s = self._dead_after_s if self._came else COME_WITHIN_S
             if self._word:
                 self._end(self._word)
             if self._parent not in (None, os.getppid()):  # nobody would end it, and the next start takes its run folder
                 self._end(f"the torchrun of {self.name} ended")
-            if now - self._reached_s > self._dead_after_s:
+            if self._unreached * self._beat_s > self._dead_after_s:
                 self._end(self._lost_store())
-            if now - self._heard_s > patience_s:
+            if self._unheard * self._beat_s > patience_s:
                 what = "been silent for" if self._came else "not come within"
                 self._end(f"{self._names.get(self._neighbour, f'rank {self._neighbour}')} has {what} {patience_s:g} s")
 
