@@ -6,6 +6,8 @@ of the run that nobody killed, bit for bit. It is a "hang" where a process lives
 after it should have ended. Ranks are forked from a process that has loaded torch, so that a kill costs seconds; where
 the kill comes before the ranks found each other, the survivor is ended too, as torchrun does.
 
+Each kill has a number and is drawn from it and the seed alone, so that --first goes on where another call ended.
+
 The last line is a JSON object: kills, identical, hangs.
 """
 
@@ -97,6 +99,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=float, default=90.0, help="seconds until a process counts as hanging")
     parser.add_argument("--quick", action="store_true", help="3 kills")
@@ -116,13 +119,16 @@ def chaos(place: Place, arguments: argparse.Namespace) -> dict[str, int]:
     wait(start(place, "alone"), arguments.patience)
     length, wanted = time.monotonic() - loaded, outcome(place, "alone")
     print(f"a run takes {length:.1f} s, the first one {loaded - began:.1f} s; {len(wanted['lines'])} lines logged")
-    draw, identical, hangs = random.Random(arguments.seed), 0, 0
-    for at in range(arguments.kills):
+    print(f"weights and states {wanted['tensors']}")
+    identical = hangs = 0
+    for at in range(arguments.first, arguments.first + arguments.kills):
+        draw = random.Random(f"{arguments.seed} {at}")
         name, victim, moment = f"killed-{at}", draw.randrange(RANKS), draw.random() * length
         hung, reached = kill_and_continue(place, name, victim=victim, moment=moment, patience=arguments.patience)
         same = not hung and outcome(place, name) == wanted
         hangs, identical = hangs + hung, identical + same
-        print(f"{at + 1:3}: rank {victim} killed after {moment:5.2f} s, {reached}: {'identical' if same else 'OTHER'}")
+        verdict = "identical" if same else "HANG" if hung else "OTHER"
+        print(f"{at:3}: rank {victim} killed after {moment:5.2f} s, {reached}: {verdict}", flush=True)
         shutil.rmtree(place.run(name), ignore_errors=True)
     return {"kills": arguments.kills, "identical": identical, "hangs": hangs}
 

@@ -10,104 +10,122 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from datetime import timedelta
 
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import Store
 
+COME_WITHIN_S = 600.0
 _BEATS_OF_SILENCE = 8
-_ENDED, _DONE = "ended", b"done"
-
-
-def own_name(rank: int) -> str:
-    """This process, as messages call it."""
-    return f"rank {rank} on {socket.gethostname()} (process {os.getpid()})"
+_LONGEST_BEAT_S = 2.0
+_BEATS_TO_TELL = 3
+_ENDED, _DONE = "ended", "done"
 
 
 class Alive:
     """The beat of this rank, and the ear for the next one. Ends this process where the next one has been silent."""
 
-    def __init__(self, rank: int, *, names: Sequence[str], run: str, dead_after_s: float) -> None:
-        """`run` is the same word on all ranks, and another one whenever they gather anew."""
-        self._rank, self._names, self._dead_after_s = rank, names, dead_after_s
-        self._beat_s = dead_after_s / _BEATS_OF_SILENCE
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._server = f"{host}:{port}"
-        patience = timedelta(seconds=dead_after_s)
-        tcp = TCPStore(host, port, is_master=False, timeout=patience, wait_for_workers=False)
-        self._store = PrefixStore(f"alive-{run}", tcp)
-        self._stop = threading.Event()
-        self._reached_s = self._heard_s = time.monotonic()
-        self._word = ""
-        for task in (self._beat, self._watch):  # the store's answer may never come: who waits for it cannot watch
-            threading.Thread(target=task, name=f"alive{task.__name__}", daemon=True).start()
+    def __init__(self, store: Store, *, rank: int, size: int, keeper: str, dead_after_s: float) -> None:
+        """`store` is a connection of its own, since who waits for an answer holds it; `keeper` says where it lies."""
+        self._store, self._rank, self._size, self._keeper = store, rank, size, keeper
+        self._dead_after_s, self._beat_s = dead_after_s, min(dead_after_s / _BEATS_OF_SILENCE, _LONGEST_BEAT_S)
+        self._names = {rank: f"rank {rank} on {socket.gethostname()} (process {os.getpid()})"}
+        self._store.set(f"name-{rank}", self._names[rank])
+        self._stop, self._parent = threading.Event(), os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        # in beats of `_watch`: while this process does not get to run, as at a long import, nobody is silent
+        self._unreached = self._unheard = 0
+        self._neighbour, self._came, self._word = (rank + 1) % size, False, ""
+        # the store's answer may never come: who waits for it cannot watch
+        self._beating = threading.Thread(target=self._beat, name="alive-beat", daemon=True)
+        self._beating.start()
+        threading.Thread(target=self._watch, name="alive-watch", daemon=True).start()
+
+    @property
+    def name(self) -> str:
+        """This process, as messages call it."""
+        return self._names[self._rank]
 
     def stop(self) -> None:
         """No more beats: this rank ends in good order."""
         self._stop.set()
-        with contextlib.suppress(RuntimeError):
-            self._store.set(self._key(self._rank), _DONE.decode())
+        self._beating.join(self._dead_after_s)
 
     def say_ended(self, why: str) -> None:
-        """Tells the others that a rank ends, and why; the first word stands."""
-        with contextlib.suppress(RuntimeError):
-            self._store.compare_set(_ENDED, "", why)
+        """Tells the others that a rank ends, and why; the first word stands. Waits for a few beats at most."""
+        teller = threading.Thread(target=self._tell, args=(why,), name="alive-tell", daemon=True)
+        teller.start()
+        teller.join(_BEATS_TO_TELL * self._beat_s)
+
+    def linger(self) -> None:
+        """Until the others had the time to read what was said: for the rank that keeps the store."""
+        time.sleep((_BEATS_TO_TELL + 1) * self._beat_s)
 
     def who_ended(self) -> str:
-        """Waits for a few beats, then repeats who said so, or names who has not been heard since."""
+        """Waits for a few beats, then repeats who said so, or names who has not been heard since; empty: nobody."""
         try:
-            before = [self._count(rank) for rank in range(len(self._names))]
-            for _ in range(3):
+            before = [self._count(rank) for rank in range(self._size)]
+            for _ in range(_BEATS_TO_TELL):
                 time.sleep(self._beat_s)
                 if word := self._ended():
                     return word
-            after = [self._count(rank) for rank in range(len(self._names))]
+            after = [self._count(rank) for rank in range(self._size)]
+            still = [self._name(rank) for rank in range(self._size) if before[rank] == after[rank]]
         except RuntimeError:
             return self._lost_store()
-        still = [name for name, a, b in zip(self._names, before, after, strict=True) if a == b]
-        return f"{', '.join(still)} ended without a word" if still else "a connection broke, though all ranks live"
+        return f"{', '.join(still)} ended without a word" if still else ""
 
     def _beat(self) -> None:
-        count, heard, neighbour = 0, b"", (self._rank + 1) % len(self._names)
+        count, heard = 0, b""
         while not self._stop.is_set():
             with contextlib.suppress(RuntimeError):  # the store is away: `_watch` sees for how long
                 count += 1
-                self._store.set(self._key(self._rank), str(count))
-                before, heard = heard, self._count(neighbour)
+                self._store.set(f"beat-{self._rank}", str(count))
+                before, heard = heard, self._count(self._neighbour)
                 self._word = self._ended()
-                self._reached_s = time.monotonic()
-                if heard != before or heard == _DONE:
-                    self._heard_s = self._reached_s
+                self._name(0), self._name(self._neighbour)  # to be known where nobody can be asked any more
+                self._unreached = 0
+                if heard != before or heard == _DONE.encode():
+                    self._unheard, self._came = 0, True
             self._stop.wait(self._beat_s)
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"beat-{self._rank}", _DONE)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._beat_s):
-            now = time.monotonic()
+            self._unreached, self._unheard = self._unreached + 1, self._unheard + 1
+            patience_s = self._dead_after_s if self._came else COME_WITHIN_S
             if self._word:
                 self._end(self._word)
-            if now - self._reached_s > self._dead_after_s:
+            if self._parent not in (None, os.getppid()):  # nobody would end it, and the next start takes its run folder
+                self._end(f"the torchrun of {self.name} ended")
+            if self._unreached * self._beat_s > self._dead_after_s:
                 self._end(self._lost_store())
-            if now - self._heard_s > self._dead_after_s:
-                silent = self._names[(self._rank + 1) % len(self._names)]
-                word = f"{silent} has been silent for {self._dead_after_s:g} s"
-                self.say_ended(word)
-                self._end(word)
+            if self._unheard * self._beat_s > patience_s:
+                what = "been silent for" if self._came else "not come within"
+                self._end(f"{self._names.get(self._neighbour, f'rank {self._neighbour}')} has {what} {patience_s:g} s")
 
     def _end(self, why: str) -> None:
         """The main thread may be deep in a collective that never returns: no exception reaches it."""
-        sys.stderr.write(f"{self._names[self._rank]} ends, since {why}\n")
+        sys.stderr.write(f"{self.name} ends, since {why}\n")
         sys.stderr.flush()
+        self.say_ended(why)
         os._exit(1)
 
+    def _tell(self, why: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(_ENDED, "", why)
+
     def _ended(self) -> str:
-        return self._store.get(_ENDED).decode() if self._store.check([_ENDED]) else ""
+        return self._read(_ENDED).decode()
 
     def _count(self, rank: int) -> bytes:
-        key = self._key(rank)
+        return self._read(f"beat-{rank}")
+
+    def _name(self, rank: int) -> str:
+        if rank not in self._names and (name := self._read(f"name-{rank}")):
+            self._names[rank] = name.decode()
+        return self._names.get(rank, f"rank {rank}")
+
+    def _read(self, key: str) -> bytes:
         return self._store.get(key) if self._store.check([key]) else b""
 
-    def _key(self, rank: int) -> str:
-        return f"beat-{rank}"
-
     def _lost_store(self) -> str:
-        return f"the store at {self._server}, on the host of rank 0 or of its torchrun, does not answer"
+        return f"the store at {self._keeper}{self._names.get(0, 'rank 0')}, does not answer"

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,13 +10,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
-from etl.faults import Fault, Faults
-from recsys.parallel.alive import Alive, own_name
+from recsys.parallel.alive import COME_WITHIN_S
+from recsys.parallel.meeting import meeting
 
 DEAD_AFTER_S = 60.0
-_TIMEOUT = timedelta(minutes=10)
+_TIMEOUT = timedelta(seconds=COME_WITHIN_S)
 T = TypeVar("T")
 
 
@@ -34,47 +33,22 @@ class World:
 def open_world(device: str, *, dead_after_s: float = DEAD_AFTER_S) -> Iterator[World]:
     """Joins the processes that torchrun started, or stands alone.
 
-    A rank that was not heard of for `dead_after_s` ends the others; a live one that stays out of a collective does so
-    after 10 minutes. The process group ends with the block also at an error: left open, gloo aborts the process.
+    A rank that was not heard of for `dead_after_s` ends the others; one that never comes, or a live one that stays out
+    of a collective, does so after 10 minutes. The process group ends with the block also at an error: left open, gloo
+    aborts the process.
 
     Raises:
         Fault: another rank ended; it is named, with its host.
     """
     backend = "nccl" if device == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
-    world = World(dist.get_rank(), dist.get_world_size(), _own_device(device))
-    try:
-        with _watched(world, dead_after_s=dead_after_s) if world.size > 1 else contextlib.nullcontext():
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
+    world, alone = World(rank, size, _own_device(device)), contextlib.nullcontext[Store](HashStore())
+    with meeting(rank, size, dead_after_s=dead_after_s) if size > 1 else alone as store:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+        try:
             yield world
-    finally:
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _watched(world: World, *, dead_after_s: float) -> Iterator[None]:
-    """Tells the other ranks of an error in the block; turns a broken connection into the name of who broke it."""
-    run = from_first(uuid.uuid4().hex)
-    names = from_all(own_name(world.rank))
-    alive = Alive(world.rank, names=names, run=run, dead_after_s=dead_after_s)
-    try:
-        yield
-    except (Fault, Faults) as fault:
-        alive.say_ended(f"{names[world.rank]} ended: {fault}")
-        raise
-    except RuntimeError as error:
-        if "gloo" not in str(error).lower() and not isinstance(error, dist.DistError):
-            alive.say_ended(f"{names[world.rank]} ended: {error}")
-            raise
-        got, remedy = (
-            alive.who_ended(),
-            "the same command goes on from the last checkpoint; torchrun has --max-restarts",
-        )
-        raise Fault(names[world.rank], got=got, wanted="all ranks to the end", remedy=remedy) from error
-    finally:
-        alive.stop()
+        finally:
+            dist.destroy_process_group()
 
 
 def _own_device(device: str) -> torch.device:
