@@ -38,7 +38,7 @@ class Learner:
         self.task_weights_T = torch.tensor([task.weight for task in schema.tasks], device=world.device)
 
     def update(self, batch: Batch, *, step: int, guard: Guard) -> Tensor:
-        """Step `step`, counted from 1: tables move inside the backward pass, dense weights after it.
+        """Step `step` of the tables, counted from 1: they move inside the backward pass, dense weights after it.
 
         Returns this rank's logloss. `guard` sees each scored batch before anything moves.
         """

@@ -17,11 +17,10 @@ from recsys.experiment import EarlyStop, Experiment
 from recsys.failure import LossGuard
 from recsys.learner import Learner
 from recsys.metrics import Metrics
-from recsys.models.fnn import FNNConfig
 from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, average_buffers, barrier, from_all, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
-from recsys.warm_start import start_from_fm
+from recsys.warm_start import start_from
 
 Report = Callable[[Json], None]
 
@@ -84,8 +83,8 @@ class Trainer:
             restore(folder, learner.sharded, optimizer=learner.optimizer)
             self._saved_step, self.guard.usual = self.progress.step, self.progress.usual_loss
             self._set_rates()
-        elif isinstance(self.experiment.model, FNNConfig) and (fm := self.experiment.model.init_from_fm):
-            start_from_fm(learner.sharded, learner.network, schema=self.schema, run=Path(fm))
+        elif self.experiment.starts_from:
+            self._advance(steps_before=start_from(learner, self.experiment, schema=self.schema, run=self.run))
         self._seconds_before, self._rows_before = self.progress.seconds, self.progress.rows
         if self.world.rank == 0:
             self.lines = MetricsFile(self.run, last_step=self.progress.step)
@@ -100,7 +99,8 @@ class Trainer:
         p = self.progress
         torch.manual_seed(seed_of(p.seed, p.step, self.world.rank))
         self.guard.step = p.step + 1
-        self._loss += self.learner.update(batch.to(self.world.device), step=p.step + 1, guard=self.guard)
+        table_step = p.steps_before + p.step + 1
+        self._loss += self.learner.update(batch.to(self.world.device), step=table_step, guard=self.guard)
         position, rows = p.position + batch.global_rows, p.rows + batch.global_rows
         self._advance(step=p.step + 1, position=position, rows=rows, loss_steps=p.loss_steps + 1)
 
