@@ -125,17 +125,17 @@ class Split:
 
     def __init__(self, folder: Path, schema: Schema) -> None:
         self._schema = schema
-        self._groups = _row_groups(folder)
-        self.rows = sum(group.rows for group in self._groups)
+        self.groups = _row_groups(folder)
+        self.rows = sum(group.rows for group in self.groups)
 
     def in_file_order(self, mine: Slice) -> Iterator[Batch]:
         """All rows once, for evaluation."""
-        return ahead(self._steps([[group] for group in self._groups], mine, start=0, order=None))
+        return ahead(self._steps([[group] for group in self.groups], mine, start=0, order=None))
 
     def shuffled(self, mine: Slice, *, seed: int, epoch: int, start: int) -> Iterator[Batch]:
         """The rest of an epoch from the global row `start`; the order depends on seed and epoch alone."""
         order = np.random.default_rng([seed, epoch])
-        groups = [self._groups[at] for at in order.permutation(len(self._groups))]
+        groups = [self.groups[at] for at in order.permutation(len(self.groups))]
         windows = [groups[at : at + _WINDOW_GROUPS] for at in range(0, len(groups), _WINDOW_GROUPS)]
         return ahead(self._steps(windows, mine, start=start, order=order))
 
@@ -220,8 +220,8 @@ class Split:
 
     def place(self, number: int) -> str:
         """The file and the row in it, counted from 0, of a row of the split."""
-        group = self._groups[bisect_right(self._groups, number, key=lambda group: group.first) - 1]
-        before = sum(other.rows for other in self._groups if other.file == group.file and other.index < group.index)
+        group = self.groups[bisect_right(self.groups, number, key=lambda group: group.first) - 1]
+        before = sum(other.rows for other in self.groups if other.file == group.file and other.index < group.index)
         return f"{group.file}, row {number - group.first + before}"
 
 

@@ -20,6 +20,7 @@ from recsys.metrics import Metrics
 from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, average_buffers, barrier, from_all, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
+from recsys.table_use import table_uses
 from recsys.warm_start import start_from
 
 Report = Callable[[Json], None]
@@ -143,7 +144,9 @@ class Trainer:
             result[split], table = self._scores(split)
             if self.world.rank == 0:
                 write_predictions(self.run, split, table=table)
+        uses = table_uses(self.schema, self.splits["train"].groups, world=self.world)
         if self.world.rank == 0:
+            write_json(self.run / "tables.json", {name: use.model_dump() for name, use in uses.items()})
             write_json(path, result)
         barrier()
         return result

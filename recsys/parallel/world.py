@@ -117,6 +117,11 @@ def mean_over_ranks(value: Tensor) -> float:
     return float(total) / dist.get_world_size()
 
 
+def sum_over_ranks(values: Tensor) -> None:
+    """Adds up, in place, the values of all ranks; every rank has to call."""
+    dist.all_reduce(values)
+
+
 def average_buffers(module: nn.Module) -> None:
     """Gives every rank the mean of all ranks' running statistics; every rank has to call."""
     _average(buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var")))

@@ -110,6 +110,11 @@ def test_the_second_day_starts_where_the_first_ended(days: Path, ranks: int) -> 
     assert start["tables"]["user"] == {"rows": len(new) + 1, "rows_taken": len(old) + 1, "states_taken": True}
     assert start["tables"]["page"] == {"rows": 40, "rows_taken": 40, "states_taken": True}
     assert not start["dense"]["initialised"]
+    uses = json.loads((warm / "tables.json").read_text())
+    seen = {name: set(pq.read_table(days / "day2.parquet")[name].to_pylist()) for name in ("user", "item")}
+    for name, values in seen.items():
+        assert uses[name]["dead"] == len(set(keys(warm, name)) - values) + 1, "and the row of unseen values"
+        assert uses[name]["lookups"] == 12_000
     assert first_loss(warm) < 0.9 * first_loss(cold)
     results = [json.loads((run / "result.json").read_text())["test"]["auc"] for run in (warm, cold)]
     assert results[0] > results[1] - 0.005
