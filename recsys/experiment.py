@@ -67,6 +67,7 @@ class Train(OptimizerSettings):
     checkpoint_every_steps: int | None = Field(None, ge=1, description="save also between evaluations")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, the best one always is")
     log_every_steps: int = Field(50, ge=1)
+    tensorboard: bool = Field(False, description="also write the numbers of metrics.jsonl as TensorBoard's event files")
     spike: float | None = Field(
         10.0, gt=1, description="stop at a loss of so many times the usual one that is also worse than a coin's"
     )

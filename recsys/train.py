@@ -21,6 +21,7 @@ from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, average_buffers, barrier, from_all, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
 from recsys.table_use import table_uses
+from recsys.tensorboard import EventFile, require_tensorboard
 from recsys.warm_start import start_from
 
 Report = Callable[[Json], None]
@@ -32,9 +33,11 @@ def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> J
     `report` hears of each logged step and evaluation, on rank 0. Returns what `result.json` holds.
 
     Raises:
-        Fault: the dataset folder is stale or broken, or the run folder is another experiment's.
+        Fault: the dataset folder is stale or broken, the run folder is another experiment's, or a package is missing.
     """
     schema, settings = open_dataset(data, experiment.data_hash()), experiment.train
+    if settings.tensorboard:
+        require_tensorboard()
     with open_world(settings.device, dead_after_s=settings.dead_after_s) as world:
         if world.rank == 0:
             open_run(run, experiment, schema=schema, data=data)
@@ -72,6 +75,7 @@ class Trainer:
         self.mine = Slice(world.rank, world.size, self.settings.batch_size * self.settings.accumulate)
         self.learner = Learner(experiment, schema, world=world)
         self.guard = LossGuard(self.learner, schema, rows=self.splits["train"], run=self.run)
+        self.events: EventFile | None = None
         self._loss, self._saved_step = torch.zeros((), device=world.device), -1
         self._began, self._seconds_before, self._rows_before = time.monotonic(), 0.0, 0
 
@@ -89,6 +93,8 @@ class Trainer:
         self._seconds_before, self._rows_before = self.progress.seconds, self.progress.rows
         if self.world.rank == 0:
             self.lines = MetricsFile(self.run, last_step=self.progress.step)
+            if self.settings.tensorboard:
+                self.events = EventFile(self.run, last_step=self.progress.step)
 
     def rest_of_epoch(self) -> Any:
         """This rank's batches from where the epoch stands."""
@@ -132,6 +138,8 @@ class Trainer:
     def finish(self) -> Json:
         """The best weights' metrics on validation and test rows, written once."""
         path = self.run / "result.json"
+        if self.events:
+            self.events.close()
         if path.is_file():
             found: Json = read_json(path, remedy="delete it and run the command again")
             return found
@@ -207,7 +215,10 @@ class Trainer:
             record |= milliseconds(laps, steps=p.loss_steps)
             record |= {"memory_gb": max(memory for _, memory in of_ranks)}
             record |= {"imbalance": max(work) * len(work) / sum(work)} if sum(work) else {}
-            self.lines.add({name: value for name, value in record.items() if value is not None})
+            line = {name: value for name, value in record.items() if value is not None}
+            self.lines.add(line)
+            if self.events:
+                self.events.add(line)
             record["total_rows"] = self.splits["train"].rows * self.settings.epochs
             self.report(record)
         self._advance(loss_sum=0.0, loss_steps=0)
