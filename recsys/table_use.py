@@ -16,8 +16,8 @@ from pyarrow.compute import list_flatten
 from pydantic import BaseModel, ConfigDict
 
 from etl.schema import Schema
-from recsys.data import RowGroup
 from recsys.parallel.world import World, sum_over_ranks
+from recsys.shards import RowGroup
 
 _BLOCK = 1 << 25  # rows of a table counted at once: 256 MB
 

@@ -17,6 +17,7 @@ from recsys.experiment import EarlyStop, Experiment
 from recsys.failure import LossGuard
 from recsys.learner import Learner
 from recsys.metrics import Metrics
+from recsys.parallel.pipeline import IdsAhead
 from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, average_buffers, barrier, from_all, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
@@ -74,6 +75,7 @@ class Trainer:
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
         self.mine = Slice(world.rank, world.size, self.settings.batch_size * self.settings.accumulate)
         self.learner = Learner(experiment, schema, world=world)
+        self.ids_ahead = IdsAhead(self.learner.sharded) if world.size > 1 else None
         self.guard = LossGuard(self.learner, schema, rows=self.splits["train"], run=self.run)
         self.events: EventFile | None = None
         self._loss, self._saved_step = torch.zeros((), device=world.device), -1
@@ -99,7 +101,8 @@ class Trainer:
     def rest_of_epoch(self) -> Any:
         """This rank's batches from where the epoch stands."""
         p = self.progress
-        return self.splits["train"].shuffled(self.mine, seed=p.seed, epoch=p.epoch, start=p.position)
+        batches = self.splits["train"].shuffled(self.mine, seed=p.seed, epoch=p.epoch, start=p.position)
+        return self.ids_ahead.batches(batches) if self.ids_ahead else batches
 
     def step(self, batch: Batch) -> None:
         """One update of tables (inside the backward pass) and dense weights."""
