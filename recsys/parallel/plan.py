@@ -87,7 +87,7 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     dense = dense_bytes(experiment, network, schema=schema)
     tables = network.tables = resized(network.tables, embedding)
     configs = {config.name: config for config in tables.embedding_bag_configs()}
-    reserved = sum(dense.device(hardware.device).values())
+    reserved = dense.reserved(hardware.device)
     kept = _Keep()
     planner = planner_of(
         tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved, stats=[kept]

@@ -74,17 +74,28 @@ class Sharded:
         return (*((self.rows,) if self.rows else ()), *self.replicated)
 
 
-def shard(network: Network, embedding: Embedding, *, world: World, seed: int, batch_size: int = BATCH_SIZE) -> Sharded:
+def shard(
+    network: Network,
+    embedding: Embedding,
+    *,
+    world: World,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+    reserved_bytes: int = 0,
+) -> Sharded:
     """The network over all ranks: tables sharded, with their optimizer in the backward pass, and rows initialised.
 
-    `batch_size`, of one rank, helps the planner to weigh memory and communication.
+    `batch_size`, of one rank, helps the planner to weigh memory and communication; it leaves `reserved_bytes` of each
+    rank's memory to what is not a table.
 
     Raises:
         Fault: the tables do not fit; on every rank, so that none is left waiting.
     """
     network.tables = tables = resized(network.tables, embedding)
     sharder = sharder_of(embedding, world.device.type)
-    plan = _agreed_plan(network, embedding, sharder=sharder, world=world, batch_size=batch_size)
+    plan = _agreed_plan(
+        network, embedding, sharder=sharder, world=world, batch_size=batch_size, reserved_bytes=reserved_bytes
+    )
     _choose_optimizers(tables, embedding)
     network.head.to(world.device)
     network.columns = network.columns.to(world.device)
@@ -111,18 +122,20 @@ def _choose_optimizers(tables: EmbeddingBagCollection, embedding: Embedding) -> 
 
 
 def _agreed_plan(
-    network: Network, embedding: Embedding, *, sharder: Sharder, world: World, batch_size: int
+    network: Network, embedding: Embedding, *, sharder: Sharder, world: World, batch_size: int, reserved_bytes: int
 ) -> ShardingPlan:
     """Rank 0's plan, or its fault, on all ranks."""
     found: list[Any] = [None]
     if world.rank == 0:
         tables, hardware = network.tables, hardware_here(world)
         try:
-            planner = planner_of(tables, embedding, hardware=hardware, batch_size=batch_size)
+            planner = planner_of(
+                tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved_bytes
+            )
             with states_shown(tables, embedding):
                 found = [planner.plan(network, [sharder])]
         except PlannerError:
-            fault = too_large(tables.embedding_bag_configs(), embedding, hardware=hardware)
+            fault = too_large(tables.embedding_bag_configs(), embedding, hardware=hardware, reserved=reserved_bytes)
             found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
         except Fault as fault:
             found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
