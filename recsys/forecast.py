@@ -13,7 +13,7 @@ from recsys.optim import state_count
 
 GIB = 1 << 30
 _AHEAD = 8  # batches that the reading thread stays ahead
-_WINDOW_GROUPS = 16  # row groups in memory at once, and a second time while they are shuffled
+_WINDOW_GROUPS = 16  # row groups in memory at once, and a second time while they are put side by side
 # Measured on the CPU build: interpreter, torch, torchrec, FBGEMM and pyarrow, and gloo's buffers.
 _CPU_PROCESS = int(0.42 * GIB)
 # Of CUDA these are allowances, not measurements: context and kernels, NCCL's buffers; the process on the host.
