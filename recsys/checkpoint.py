@@ -76,6 +76,12 @@ def best(run: Path) -> Path:
     return folder
 
 
+def refuse_damaged(folder: Path, *, world: World) -> None:
+    """Raises Fault where a file of this rank's share of a checkpoint is not as it was written."""
+    if harm := _harm(folder, share=world):
+        raise Fault(str(folder), got=harm, wanted="the files as written", remedy="restore them, or name another run")
+
+
 def read_progress(folder: Path) -> Progress:
     """`progress.json` of a checkpoint."""
     raw = read_json(folder / "progress.json", remedy="delete this checkpoint and train on from the one before")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from etl.artifact import read_json, write_json
 from etl.faults import Fault, Faults
 from etl.schema import Schema, read_schema
-from recsys.checkpoint import best, latest, read_progress
+from recsys.checkpoint import best, latest, read_progress, refuse_damaged
 from recsys.experiment import Experiment, read_experiment
 from recsys.layout import Layout
 from recsys.learner import Learner
@@ -47,11 +47,12 @@ def start_from(learner: Learner, experiment: Experiment, *, schema: Schema, run:
     An FNN takes an FM's rows without their states, as published. Returns the steps that the tables' states have seen.
 
     Raises:
-        Fault, Faults: that run has not finished, or its rows have another size or another meaning.
+        Fault, Faults: that run has not finished or is damaged, or its rows have another size or another meaning.
     """
     source, here = read_source(experiment, schema), learner.network.layout
     if learner.world.rank == 0:
         refuse_other_rows(source, schema, transform=run / "transform")
+    refuse_damaged(source.checkpoint, world=learner.world)
     barrier()
     sharded, optimizer = learner.sharded, learner.optimizer
     names, saved = sizes_here(sharded, optimizer=optimizer), sizes_of(source.checkpoint)

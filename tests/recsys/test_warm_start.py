@@ -1,6 +1,7 @@
 """Runs that start from another one: with more rows, with another head, with frozen tables, an FNN from an FM."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,17 @@ def test_no_run_and_an_unfinished_one_are_refused(plain: Path, dataset: Path, tm
             run=tmp_path / "three",
             report=silent,
         )
+
+
+def test_a_damaged_checkpoint_is_refused(plain: Path, dataset: Path, tmp_path: Path, experiment: Make) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(plain, copied)
+    shard = next(best(copied).glob("__0_*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(Fault, match="other content than was written"):
+        train(experiment(train={"start_from": str(copied)}), data=dataset, run=tmp_path / "two", report=silent)
 
 
 def test_a_run_starts_from_one_other(experiment: Make) -> None:
