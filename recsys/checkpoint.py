@@ -27,6 +27,7 @@ _ABANDONED_AFTER_S = 10.0
 class Progress(BaseModel):
     """Where training stands. `position` counts the epoch's rows taken by all ranks, `rows` those of the whole run.
 
+    `steps_before` are those that the tables' optimizer states had seen where this run took them from another one.
     `without_gain` counts evaluations since the best one, `cuts` how often the learning rates were lowered and
     `since_cut` evaluations without a gain since the last time. `usual_loss` is rank 0's running mean;
     `loss_sum` the sum of the losses of `loss_steps` steps that are in no line of metrics.jsonl yet.
@@ -36,6 +37,7 @@ class Progress(BaseModel):
 
     seed: int
     step: int = 0
+    steps_before: int = 0
     epoch: int = 0
     position: int = 0
     rows: int = 0
@@ -72,6 +74,12 @@ def best(run: Path) -> Path:
         remedy = "train first: python -m recsys train EXP.toml"
         raise Fault(str(folder), got="no complete checkpoint", wanted="that of the best evaluation", remedy=remedy)
     return folder
+
+
+def refuse_damaged(folder: Path, *, world: World) -> None:
+    """Raises Fault where a file of this rank's share of a checkpoint is not as it was written."""
+    if harm := _harm(folder, share=world):
+        raise Fault(str(folder), got=harm, wanted="the files as written", remedy="restore them, or name another run")
 
 
 def read_progress(folder: Path) -> Progress:

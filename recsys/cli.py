@@ -61,7 +61,11 @@ def train(
     data: Annotated[Path | None, typer.Option(help="The dataset folder; default out/<name>/data.")] = None,
     set_: Overrides = None,
 ) -> None:
-    """Train; the same command goes on after a crash. Under torchrun it trains on all processes together."""
+    """Train; the same command goes on after a crash. Under torchrun it trains on all processes together.
+
+    With --set train.start_from=RUN a finished run's tables, head and optimizer states are where it starts; with
+    --set train.tensorboard=true it writes event files as well.
+    """
     with exit_on_fault():
         from recsys.progress import quiet_libraries, watch
 

@@ -1,15 +1,16 @@
 """Shards of a dataset folder -> this rank's batches.
 
 There is one global order of rows an epoch: row groups shuffled, then cut into windows whose rows are shuffled. Step
-k takes the next `ranks x batch_size` rows and each rank its slice of them, so any number of ranks sees the same steps,
-and a position (rows taken by all ranks) is all that a checkpoint has to keep.
+k takes the next `ranks x batch_size` rows, so any number of ranks sees the same steps, and a position (rows taken by
+all ranks) is all that a checkpoint has to keep. What a step takes of a window is divided by row group: each rank
+decodes its share of a window's row groups, not all of them.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,22 +20,13 @@ import torch
 
 from etl.artifact import read_json
 from etl.faults import Fault
-from etl.schema import GROUP, IdFeature, Schema, read_schema
+from etl.schema import GROUP, Schema, read_schema
 from recsys.ahead import ahead
+from recsys.shards import REMEDY, RowGroup, check_ids, fill, row_groups, values_of
+
+Int64s = npt.NDArray[np.int64]
 
 _WINDOW_GROUPS = 16
-_REMEDY = "run 'python -m etl run' again"
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """The unit of reading."""
-
-    file: Path
-    index: int
-    rows: int
-    first: int
-    """The number of its first row, counted in file order over all files of the split."""
 
 
 class Rows(NamedTuple):
@@ -43,13 +35,13 @@ class Rows(NamedTuple):
     `numbers_R` int64 counts the rows of the split in file order.
     """
 
-    ids_RS: npt.NDArray[np.int64]
+    ids_RS: Int64s
     floats_RN: npt.NDArray[np.float32]
     labels_RT: npt.NDArray[np.float32]
-    groups_RG: npt.NDArray[np.int64]
-    numbers_R: npt.NDArray[np.int64]
+    groups_RG: Int64s
+    numbers_R: Int64s
 
-    def take(self, which: slice | npt.NDArray[np.int64]) -> "Rows":
+    def take(self, which: Int64s) -> "Rows":
         """Some of the rows."""
         return Rows._make(part[which] for part in self)
 
@@ -80,6 +72,10 @@ class Batch:
         floats_BN, labels_BT, real_B, weights_BT = (t.to(device, non_blocking=True) for t in floats)
         return Batch(ids_BS, floats_BN, labels_BT, groups_BG, real_B, weights_BT, self.global_rows, self.numbers_B)
 
+    def uncounted(self) -> "Batch":
+        """The same rows, none of which counts."""
+        return replace(self, real_B=torch.zeros_like(self.real_B), weights_BT=torch.zeros_like(self.weights_BT))
+
     def parts(self, count: int) -> list["Batch"]:
         """The same rows as so many batches, each of the same `global_rows`."""
         size = -(-len(self.ids_BS) // count)
@@ -105,6 +101,13 @@ class Slice:
         """Rows of one step over all ranks."""
         return self.ranks * self.batch_size
 
+    def share(self, low: int, high: int) -> tuple[int, int]:
+        """Which of the rows `low` to `high` of a step are this rank's, counted from `low`: as many as each rank has,
+        but for one. A whole step gives each rank a whole batch, however it is put together."""
+        of_ranks = [(high + rest) // self.ranks - (low + rest) // self.ranks for rest in reversed(range(self.ranks))]
+        before = sum(of_ranks[: self.rank])
+        return before, before + of_ranks[self.rank]
+
 
 def open_dataset(folder: Path, data_hash: str) -> Schema:
     """The schema of a dataset folder.
@@ -113,10 +116,10 @@ def open_dataset(folder: Path, data_hash: str) -> Schema:
         Fault: the folder is missing, unfinished, or made from other ETL sections than the experiment's.
     """
     path = folder / "manifest.json"
-    found = read_json(path, remedy=_REMEDY)["hash"]
+    found = read_json(path, remedy=REMEDY)["hash"]
     if found != data_hash:
         got, wanted = f"data of another feature spec ({found[:12]})", f"that of this experiment ({data_hash[:12]})"
-        raise Fault(str(path), got=got, wanted=wanted, remedy=_REMEDY)
+        raise Fault(str(path), got=got, wanted=wanted, remedy=REMEDY)
     return read_schema(folder)
 
 
@@ -125,49 +128,59 @@ class Split:
 
     def __init__(self, folder: Path, schema: Schema) -> None:
         self._schema = schema
-        self._groups = _row_groups(folder)
-        self.rows = sum(group.rows for group in self._groups)
+        self.groups = row_groups(folder)
+        self.rows = sum(group.rows for group in self.groups)
 
     def in_file_order(self, mine: Slice) -> Iterator[Batch]:
-        """All rows once, for evaluation."""
-        return ahead(self._steps([[group] for group in self._groups], mine, start=0, order=None))
+        """All rows once, for evaluation: each rank has a stretch of neighbouring rows, all have equally many batches.
+
+        `global_rows` are those of this rank's batch alone.
+        """
+        return ahead(self._stretch(mine))
 
     def shuffled(self, mine: Slice, *, seed: int, epoch: int, start: int) -> Iterator[Batch]:
         """The rest of an epoch from the global row `start`; the order depends on seed and epoch alone."""
         order = np.random.default_rng([seed, epoch])
-        groups = [self._groups[at] for at in order.permutation(len(self._groups))]
+        groups = [self.groups[at] for at in order.permutation(len(self.groups))]
         windows = [groups[at : at + _WINDOW_GROUPS] for at in range(0, len(groups), _WINDOW_GROUPS)]
-        return ahead(self._steps(windows, mine, start=start, order=order))
+        return ahead(self._steps(_Order(windows, start=start, stop=self.rows, random=order), mine))
 
-    def _steps(
-        self, windows: Sequence[Sequence[RowGroup]], mine: Slice, *, start: int, order: np.random.Generator | None
-    ) -> Iterator[Batch]:
-        kept: list[Rows] = []
-        for rows in self._windows(windows, start=start, order=order):
-            kept.append(rows)
-            held = sum(len(part.ids_RS) for part in kept)
-            if held < mine.step_rows:
-                continue
-            joined = _join(kept)
-            whole = held - held % mine.step_rows
-            for at in range(0, whole, mine.step_rows):
-                yield self._batch(joined.take(slice(at, at + mine.step_rows)), mine)
-            kept = [joined.take(slice(whole, held))]
-        if sum(len(part.ids_RS) for part in kept):
-            yield self._batch(_join(kept), mine)
+    def _stretch(self, mine: Slice) -> Iterator[Batch]:
+        steps = -(-self.rows // mine.step_rows)
+        first = mine.rank * steps * mine.batch_size
+        start = min(first, self.rows - 1)  # a rank without rows repeats the last one, which does not count there
+        stop = max(start + 1, min(first + steps * mine.batch_size, self.rows))
+        order = _Order([[group] for group in self.groups], start=start, stop=stop, random=None)
+        made = 0
+        for batch in self._steps(order, Slice(0, 1, mine.batch_size)):
+            made += 1
+            yield batch if first < self.rows else batch.uncounted()
+        for _ in range(made, steps):
+            yield batch.uncounted()
 
-    def _windows(
-        self, windows: Sequence[Sequence[RowGroup]], *, start: int, order: np.random.Generator | None
-    ) -> Iterator[Rows]:
-        """Each window's rows in their order; what lies before `start` is skipped, whole windows without reading."""
-        end = 0
-        for window in windows:
-            size = sum(group.rows for group in window)
-            which = np.arange(size) if order is None else order.permutation(size)
-            begin, end = end, end + size
-            if end > start:
-                rows = _join([self._read(group) for group in window])
-                yield rows.take(which[max(0, start - begin) :])
+    def _steps(self, order: "_Order", mine: Slice) -> Iterator[Batch]:
+        begun: list[Rows] = []
+        real = 0
+        for window, which_R, begin in order.windows():
+            pieces = list(_pieces(which_R, mine, begin=begin, total=order.stop - order.start))
+            for piece, rows in zip(pieces, self._rows_of(window, pieces), strict=True):
+                begun += [] if rows is None else [rows]
+                real += piece.real
+                if piece.last:
+                    yield self._batch(_join(begun), mine, real=real, global_rows=piece.step_rows)
+                    begun, real = [], 0
+
+    def _rows_of(self, window: Sequence[RowGroup], pieces: Sequence["_Piece"]) -> Iterator[Rows | None]:
+        """Each piece's rows, None where there are none; row groups without any of them are not read."""
+        sizes_G = np.array([group.rows for group in window])
+        ends_G = sizes_G.cumsum()
+        needed = np.unique(np.concatenate([ends_G.searchsorted(piece.rows, side="right") for piece in pieces]))
+        read = _join([self._read(window[at]) for at in needed]) if len(needed) else None
+        shift_G = np.zeros(len(window), np.int64)
+        shift_G[needed] = sizes_G[needed].cumsum() - ends_G[needed]
+        for piece in pieces:
+            at_R = piece.rows + shift_G[ends_G.searchsorted(piece.rows, side="right")]
+            yield None if read is None or not len(at_R) else read.take(at_R)
 
     def _read(self, group: RowGroup) -> Rows:
         schema, file = self._schema, pq.ParquetFile(group.file)
@@ -175,104 +188,98 @@ class Split:
         groups = [GROUP] if schema.group else []
         names = [*schema.id_names, *schema.dense_names, *values, *schema.task_names, *groups]
         if absent := sorted(set(names) - set(file.schema_arrow.names)):
-            raise Fault(str(group.file), got=f"no column {', '.join(absent)}", wanted="the schema's", remedy=_REMEDY)
+            raise Fault(str(group.file), got=f"no column {', '.join(absent)}", wanted="the schema's", remedy=REMEDY)
         table = file.read_row_group(group.index, columns=names, use_threads=False)
         ids = np.full((table.num_rows, schema.slot_ends[-1] if schema.features else 0), -1, np.int64)
         floats = np.zeros((table.num_rows, len(schema.float_names)), np.float32)
         for at, name in enumerate(schema.dense_names):
-            floats[:, at] = _column(table, name, place=group.file, dtype=pa.float32())
+            floats[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
         at = len(schema.dense)
         for feature, end in zip(schema.features, schema.slot_ends, strict=True):
             into = ids[:, end - feature.slots : end]
-            _fill(into, table, name=feature.name, place=group.file, dtype=pa.int64())
-            _check_ids(into, feature, rows=schema.rows(feature.table), place=f"{group.file}: column '{feature.name}'")
+            fill(into, table, name=feature.name, place=group.file, dtype=pa.int64())
+            check_ids(into, feature, rows=schema.rows(feature.table), place=f"{group.file}: column '{feature.name}'")
             if feature.weighted:
                 into_values = floats[:, at : at + feature.slots]
-                _fill(into_values, table, name=f"{feature.name}:value", place=group.file, dtype=pa.float32())
+                fill(into_values, table, name=f"{feature.name}:value", place=group.file, dtype=pa.float32())
                 at += feature.slots
         labels = np.empty((table.num_rows, len(schema.tasks)), np.float32)
         for at, name in enumerate(schema.task_names):
-            labels[:, at] = _column(table, name, place=group.file, dtype=pa.float32())
+            labels[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
         self._check_finite(floats, schema.float_names, first=group.first)
         self._check_finite(labels, schema.task_names, first=group.first)
-        of_group = [_column(table, name, place=group.file, dtype=pa.int64())[:, None] for name in groups]
+        of_group = [values_of(table, name, place=group.file, dtype=pa.int64())[:, None] for name in groups]
         groups_RG = np.concatenate([np.zeros((len(ids), 0), np.int64), *of_group], axis=1)
         return Rows(ids, floats, labels, groups_RG, np.arange(group.first, group.first + group.rows))
 
-    def _batch(self, rows: Rows, mine: Slice) -> Batch:
-        """This rank's slice of one step, filled up to full size with copies of the step's rows."""
-        count = len(rows.ids_RS)
-        place = np.arange(mine.rank * mine.batch_size, (mine.rank + 1) * mine.batch_size)
-        own = rows if mine.step_rows == count and mine.ranks == 1 else rows.take(place % count)
+    def _batch(self, rows: Rows, mine: Slice, *, real: int, global_rows: int) -> Batch:
+        """This rank's rows of one step; copies of them fill it up, of which none counts."""
+        place_B = np.arange(mine.batch_size)
+        own = rows if len(rows.ids_RS) == mine.batch_size else rows.take(place_B % len(rows.ids_RS))
         ids, floats, labels, groups, numbers = (torch.from_numpy(part) for part in own)
-        real = torch.from_numpy((place < count).astype(np.float32))
-        weights = real[:, None].repeat(1, len(self._schema.tasks))
+        real_B = torch.from_numpy((place_B < real).astype(np.float32))
+        weights = real_B[:, None].repeat(1, len(self._schema.tasks))
         for at, task in enumerate(self._schema.tasks):
             if task.given is not None:
                 weights[:, at] *= labels[:, self._schema.task_names.index(task.given)]
-        return Batch(ids, floats, labels, groups, real, weights, count, numbers)
+        return Batch(ids, floats, labels, groups, real_B, weights, global_rows, numbers)
 
     def _check_finite(self, values: npt.NDArray[np.float32], names: Sequence[str], *, first: int) -> None:
         if not np.isfinite(values).all():
             row, at = np.argwhere(~np.isfinite(values))[0]
             got = f"{values[row, at]} in column '{names[at]}'"
-            raise Fault(self.place(first + int(row)), got=got, wanted="a finite number", remedy=_REMEDY)
+            raise Fault(self.place(first + int(row)), got=got, wanted="a finite number", remedy=REMEDY)
 
     def place(self, number: int) -> str:
         """The file and the row in it, counted from 0, of a row of the split."""
-        group = self._groups[bisect_right(self._groups, number, key=lambda group: group.first) - 1]
-        before = sum(other.rows for other in self._groups if other.file == group.file and other.index < group.index)
+        group = self.groups[bisect_right(self.groups, number, key=lambda group: group.first) - 1]
+        before = sum(other.rows for other in self.groups if other.file == group.file and other.index < group.index)
         return f"{group.file}, row {number - group.first + before}"
 
 
-def _row_groups(folder: Path) -> list[RowGroup]:
-    found, first = [], 0
-    for path in sorted(folder.glob("*.parquet")):
-        try:
-            metadata = pq.read_metadata(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise Fault(str(path), got=str(error), wanted="a whole parquet file", remedy=_REMEDY) from None
-        for at in range(metadata.num_row_groups):
-            if size := metadata.row_group(at).num_rows:
-                found.append(RowGroup(path, at, size, first))
-                first += size
-    if not found:
-        raise Fault(str(folder), got="no rows", wanted="parquet shards with at least one row", remedy=_REMEDY)
-    return found
+@dataclass(frozen=True)
+class _Order:
+    """Windows of row groups in which rows `start` to `stop` are read, shuffled within each by `random`."""
+
+    groups: Sequence[Sequence[RowGroup]]
+    start: int
+    stop: int
+    random: np.random.Generator | None
+
+    def windows(self) -> Iterator[tuple[Sequence[RowGroup], Int64s, int]]:
+        """Each window, which of its rows are read, in their order, and how many were read before."""
+        end = 0
+        for window in self.groups:
+            size = sum(group.rows for group in window)
+            which_R = np.arange(size) if self.random is None else self.random.permutation(size)
+            begin, end = end, end + size
+            if end > self.start and begin < self.stop:
+                yield window, which_R[max(0, self.start - begin) : self.stop - begin], max(0, begin - self.start)
 
 
-def _column(table: pa.Table, name: str, *, place: Path, dtype: pa.DataType) -> npt.NDArray[Any]:
-    """One column of single values."""
-    column = table[name]
-    if column.type != dtype or column.null_count:
-        got = f"column '{name}' of {column.type} with {column.null_count} nulls"
-        raise Fault(str(place), got=got, wanted=f"{dtype} without nulls", remedy=_REMEDY)
-    values: npt.NDArray[Any] = column.to_numpy()
-    return values
+class _Piece(NamedTuple):
+    """What a window gives to one step: this rank's rows, by their places in the window.
+
+    The first `real` count. `step_rows` are those of the step over all ranks; `last` says that the step ends here.
+    """
+
+    rows: Int64s
+    real: int
+    step_rows: int
+    last: bool
 
 
-def _fill(into: npt.NDArray[Any], table: pa.Table, *, name: str, place: Path, dtype: pa.DataType) -> None:
-    """A column into [R, slots]: single values, or lists from the left."""
-    column = table[name]
-    if not pa.types.is_list(column.type):
-        into[:, 0] = _column(table, name, place=place, dtype=dtype)
-        return
-    lists = pa.concat_arrays(column.chunks)
-    lengths = np.diff(np.asarray(lists.offsets))
-    if column.type.value_type != dtype or column.null_count or lists.flatten().null_count:
-        got = f"column '{name}' of {column.type}, or nulls in it"
-        raise Fault(str(place), got=got, wanted=f"lists of {dtype} without nulls", remedy=_REMEDY)
-    if lengths.max(initial=0) > into.shape[1]:
-        got = f"column '{name}' with a list of {lengths.max()}"
-        raise Fault(str(place), got=got, wanted=f"at most {into.shape[1]}", remedy=_REMEDY)
-    into[np.arange(into.shape[1]) < lengths[:, None]] = lists.flatten().to_numpy()
-
-
-def _check_ids(ids: npt.NDArray[np.int64], feature: IdFeature, *, rows: int, place: str) -> None:
-    lowest = -1 if feature.dtype == "list<int64>" else 0
-    if len(ids) and (int(ids.min()) < lowest or int(ids.max()) >= rows):
-        bad = int(ids.min()) if int(ids.min()) < lowest else int(ids.max())
-        raise Fault(place, got=f"id {bad}", wanted=f"ids from 0 to {rows - 1}", remedy=_REMEDY)
+def _pieces(which_R: Int64s, mine: Slice, *, begin: int, total: int) -> Iterator[_Piece]:
+    """The steps that rows `begin` and on, of `total`, take part in."""
+    end = begin + len(which_R)
+    for first in range(begin - begin % mine.step_rows, end, mine.step_rows):
+        low, high = max(begin, first), min(end, first + mine.step_rows)
+        step_rows = min(mine.step_rows, total - first)
+        rows_R = np.sort(which_R[low - begin : high - begin])
+        start, stop = mine.share(low - first, high - first)
+        last = high == first + step_rows
+        fewer = last and mine.share(0, step_rows) == (step_rows, step_rows)
+        yield _Piece(rows_R[:1] if fewer else rows_R[start:stop], stop - start, step_rows, last)
 
 
 def _join(parts: Sequence[Rows]) -> Rows:

@@ -16,7 +16,7 @@ from recsys.metrics import Metrics, task_metrics
 from recsys.network import build_network
 from recsys.parallel.shard import shard
 from recsys.parallel.state import restore_weights
-from recsys.parallel.world import World, gather_steps, open_world
+from recsys.parallel.world import World, gather_rows, open_world
 
 
 class ScoredRows(NamedTuple):
@@ -42,10 +42,10 @@ def score_split(model: nn.Module, split: Split, *, world: World, batch_size: int
             floats.append(torch.cat([own.real_B[:, None], own.labels_BT, logits_BT, own.weights_BT], dim=1))
             groups.append(own.groups_BG)
     model.train()
-    rows = gather_steps(torch.stack(floats)).cpu()
+    rows = gather_rows(torch.stack(floats)).cpu()
     real = rows[:, 0] > 0
     labels_RT, logits_RT, weights_RT = rows[real, 1:].chunk(3, dim=1)
-    by_group = gather_steps(torch.stack(groups)).cpu()[real]
+    by_group = gather_rows(torch.stack(groups)).cpu()[real]
     return ScoredRows(labels_RT, logits_RT, weights_RT, by_group[:, 0] if by_group.shape[1] else None)
 
 

@@ -22,6 +22,7 @@ from etl.spec import (
     resolve,
 )
 from recsys.models import AnyModel
+from recsys.models.fnn import FNNConfig
 from recsys.models.head import Sizes
 from recsys.optim import Name as OptimizerName
 from recsys.optim import OptimizerSettings
@@ -66,8 +67,14 @@ class Train(OptimizerSettings):
     checkpoint_every_steps: int | None = Field(None, ge=1, description="save also between evaluations")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, the best one always is")
     log_every_steps: int = Field(50, ge=1)
+    tensorboard: bool = Field(False, description="also write the numbers of metrics.jsonl as TensorBoard's event files")
     spike: float | None = Field(
         10.0, gt=1, description="stop at a loss of so many times the usual one that is also worse than a coin's"
+    )
+    start_from: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of a finished run whose tables, head and optimizer states this one takes",
     )
     dead_after_s: float = Field(60.0, ge=2, description="a rank that is silent for so long is given up; the others end")
 
@@ -172,6 +179,22 @@ class Experiment(FeatureSpec):
         return self
 
     @model_validator(mode="after")
+    def _starts_from_one_run(self) -> "Experiment":
+        frozen, fm = [table for table, own in self.embedding.tables.items() if own.frozen], _fm_of(self.model)
+        if self.train.start_from and fm:
+            raise ValueError("train.start_from and model.init_from_fm: a run starts from one other, drop either")
+        if (frozen or self.embedding.frozen) and not (self.train.start_from or fm):
+            where = f"embedding.tables.{frozen[0]}" if frozen else "embedding"
+            raise ValueError(f"{where}: frozen rows would stay as drawn at random, wanted 'train.start_from'")
+        return self
+
+    @property
+    def starts_from(self) -> Path | None:
+        """The run that training starts from, where there is one."""
+        name = self.train.start_from or _fm_of(self.model)
+        return Path(name) if name else None
+
+    @model_validator(mode="after")
     def _user_columns_are_there(self) -> "Experiment":
         columns, user = self.raw_columns(), set(expanded(self.serve.user))
         if unknown := sorted(user - set(columns)):
@@ -190,6 +213,10 @@ class Experiment(FeatureSpec):
     def as_json(self) -> Any:
         """Every setting resolved, as JSON values; `read_experiment` reads them back."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def _fm_of(model: AnyModel) -> str | None:
+    return model.init_from_fm if isinstance(model, FNNConfig) else None
 
 
 def read_experiment(run: Path) -> Experiment:

@@ -8,12 +8,12 @@ from torch import Tensor
 from etl.schema import Schema
 from recsys.experiment import Experiment
 from recsys.layout import LANE
-from recsys.network import Network
+from recsys.network import Network, build_network
 from recsys.optim import state_count
 
 GIB = 1 << 30
 _AHEAD = 8  # batches that the reading thread stays ahead
-_WINDOW_GROUPS = 16  # row groups in memory at once, and a second time while they are shuffled
+_WINDOW_GROUPS = 16  # row groups in memory at once, and a second time while they are put side by side
 # Measured on the CPU build: interpreter, torch, torchrec, FBGEMM and pyarrow, and gloo's buffers.
 _CPU_PROCESS = int(0.42 * GIB)
 # Of CUDA these are allowances, not measurements: context and kernels, NCCL's buffers; the process on the host.
@@ -32,6 +32,10 @@ class Dense:
     batch: int
     reading: int
 
+    def reserved(self, device: str) -> int:
+        """What the planner has to leave free of the memory that the rank computes in."""
+        return sum(self.device(device).values())
+
     def device(self, device: str) -> dict[str, int]:
         """In the memory that the rank computes in."""
         return {
@@ -44,6 +48,12 @@ class Dense:
     def host(self, device: str) -> dict[str, int]:
         """In host memory."""
         return {"reading": self.reading} | ({} if device == "cpu" else {"libraries": _CUDA_PROCESS})
+
+
+def reserved_bytes(experiment: Experiment, schema: Schema) -> int:
+    """`Dense.reserved` of a training run, from a network of its own: counting runs the head."""
+    network = build_network(experiment, schema, table_device="meta")
+    return dense_bytes(experiment, network, schema=schema).reserved(experiment.train.device)
 
 
 def dense_bytes(experiment: Experiment, network: Network, *, schema: Schema) -> Dense:

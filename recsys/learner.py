@@ -11,6 +11,7 @@ from etl.schema import Schema
 from recsys.clock import Clock
 from recsys.data import Batch
 from recsys.experiment import Experiment, Train
+from recsys.forecast import reserved_bytes
 from recsys.loss import head_penalty, mean_loss, penalised_layers
 from recsys.models.layers import FirstOrder
 from recsys.network import Network, Scored, build_network
@@ -28,7 +29,12 @@ class Learner:
         self.settings, self.world = experiment.train, world
         self.network = build_network(experiment, schema, table_device="meta")
         self.sharded = shard(
-            self.network, experiment.embedding, world=world, seed=experiment.seed, batch_size=self.settings.batch_size
+            self.network,
+            experiment.embedding,
+            world=world,
+            seed=experiment.seed,
+            batch_size=self.settings.batch_size,
+            reserved_bytes=reserved_bytes(experiment, schema),
         )
         self.model = self.sharded.model
         self.optimizer = dense_optimizer(self.model, self.settings, linear=experiment.embedding.linear)
@@ -38,7 +44,7 @@ class Learner:
         self.task_weights_T = torch.tensor([task.weight for task in schema.tasks], device=world.device)
 
     def update(self, batch: Batch, *, step: int, guard: Guard) -> Tensor:
-        """Step `step`, counted from 1: tables move inside the backward pass, dense weights after it.
+        """Step `step` of the tables, counted from 1: they move inside the backward pass, dense weights after it.
 
         Returns this rank's logloss. `guard` sees each scored batch before anything moves.
         """

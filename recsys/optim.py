@@ -129,9 +129,15 @@ class DenseOptimizer(torch.optim.Optimizer):
         self.rate = 1.0
         for parameter, settings in self._parameters():
             states = [torch.zeros_like(parameter) for _ in range(state_count(settings))]
-            start_states(settings, parameter.detach(), states=states)
             self.state[parameter] = {f"state{at}": state for at, state in enumerate(states)}
             self.state[parameter]["step"] = torch.zeros((), dtype=torch.int64, device="cpu")  # read at each step
+        self.start()
+
+    def start(self) -> None:
+        """States where training begins, from the weights as they are."""
+        for parameter, settings in self._parameters():
+            states = [self.state[parameter][f"state{at}"] for at in range(state_count(settings))]
+            start_states(settings, parameter.detach(), states=states)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no loss to return

@@ -31,6 +31,7 @@ class TablePlacement(Section):
     precision: Precision | None = None
     column_width: int | None = Field(None, ge=LANE, multiple_of=LANE)
     cache_share: float | None = Field(None, gt=0, le=1)
+    frozen: bool | None = None
 
 
 class Placement(Section):
@@ -52,6 +53,7 @@ class Placement(Section):
     )
     forward_comm: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="looked up rows on their way to a rank")
     backward_comm: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="their gradients on the way back")
+    frozen: bool = Field(False, description="rows stay as the run that training starts from left them; no states")
     tables: dict[str, TablePlacement] = Field(default_factory=dict, description="settings of single tables by name")
 
     def of(self, table: str) -> "Resolved":
@@ -63,6 +65,7 @@ class Placement(Section):
             precision=own.precision or self.precision,
             column_width=own.column_width or self.column_width,
             cache_share=own.cache_share or self.cache_share,
+            frozen=self.frozen if own.frozen is None else own.frozen,
         )
 
 
@@ -74,6 +77,7 @@ class Resolved(Section):
     precision: Precision
     column_width: int | None
     cache_share: float
+    frozen: bool
 
 
 def placement_faults(placement: Placement, tables: Collection[str], *, device: str, rowwise: bool) -> list[str]:

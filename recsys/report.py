@@ -213,17 +213,24 @@ def _sizes(sizes: Sequence[TableSize]) -> str:
     rows = []
     for size in sizes[:TABLES]:
         bar = f'<td class="bar"><i style="width:{100 * size.megabytes / top:.1f}%"></i></td>'
-        cells = f"<td>{size.rows:,}</td><td>{size.width}</td><td>{_megabytes([size])}</td>"
+        cells = f"<td>{size.rows:,}</td><td>{size.width}</td><td>{_megabytes([size])}</td>{_use(size)}"
         rows.append(f'<tr><th scope="row">{escape(size.name)}</th>{bar}{cells}</tr>')
     rest = sizes[TABLES:]
     sums = [(f"{len(rest)} smaller ones", rest)] if rest else []
     for name, some in [*sums, (f"all {len(sizes)} tables", sizes)]:
-        total = f"<td>{sum(size.rows for size in some):,}</td><td></td><td>{_megabytes(some)}</td>"
+        total = f"<td>{sum(size.rows for size in some):,}</td><td></td><td>{_megabytes(some)}</td><td></td><td></td>"
         rows.append(f'<tr><th scope="row">{name}</th><td class="bar"></td>{total}</tr>')
     caption = (
-        "Where the memory goes. Width: floats of a row, first-order weight included. Optimizer state is not counted."
+        "Where the memory goes. Width: floats of a row, first-order weight included. Optimizer state is not counted. "
+        "Dead: rows that no training row looks up. Top 1 %: the share of lookups that goes to the busiest rows."
     )
-    return _table(["table", "", "rows", "width", "MB"], rows, caption=caption)
+    return _table(["table", "", "rows", "width", "MB", "dead", "top 1 %"], rows, caption=caption)
+
+
+def _use(size: TableSize) -> str:
+    """Dead rows and the share of the busiest, where they were counted."""
+    share = "–" if size.use is None or size.use.top_share is None else f"{size.use.top_share:.1%}"
+    return f"<td>{f'{size.use.dead / size.use.rows:.1%}' if size.use else '–'}</td><td>{share}</td>"
 
 
 def _megabytes(sizes: Iterable[TableSize]) -> str:

@@ -19,6 +19,7 @@ from recsys.experiment import Embedding
 from recsys.layout import Layout
 from recsys.models import AnyModel
 from recsys.plots import Floats, Look, Scores
+from recsys.table_use import TableUse
 
 TRAIN = "train first: `python -m recsys train EXP.toml`"
 EVALUATE = "run `python -m recsys evaluate RUN`, or train first"
@@ -52,11 +53,15 @@ class Result(BaseModel):
 
 @dataclass(frozen=True)
 class TableSize:
-    """An embedding table; `width` is the floats of one row, first-order weight and padding included."""
+    """An embedding table; `width` is the floats of one row, first-order weight and padding included.
+
+    `use`, where it was counted, says how many rows no training row looks up, and how busy the busiest are.
+    """
 
     name: str
     rows: int
     width: int
+    use: TableUse | None = None
 
     @property
     def megabytes(self) -> float:
@@ -75,6 +80,7 @@ class Run:
     result: Result
     series: dict[str, tuple[Floats, Floats]]
     scores: dict[str, Scores]
+    uses: dict[str, TableUse]
 
     def valid_auc(self, task: str) -> tuple[Floats, Floats] | None:
         """Steps and validation AUC of a task, if any was logged."""
@@ -83,7 +89,7 @@ class Run:
     def table_sizes(self) -> list[TableSize]:
         """The tables that the model holds, by falling size."""
         widths = Layout.of(self.schema, self.experiment.model, dim=self.experiment.embedding.dim).widths()
-        sizes = [TableSize(name, self.schema.rows(name), width) for name, width in widths.items()]
+        sizes = [TableSize(n, self.schema.rows(n), width, self.uses.get(n)) for n, width in widths.items()]
         return sorted(sizes, key=lambda size: (-size.megabytes, size.name))
 
 
@@ -130,7 +136,14 @@ def _read(folder: Path) -> Run:
         result=result,
         series=_read_series(folder / "metrics.jsonl"),
         scores=_read_scores(folder / PREDICTIONS, tasks=schema.task_names),
+        uses=_read_uses(folder / "tables.json"),
     )
+
+
+def _read_uses(path: Path) -> dict[str, TableUse]:
+    """None where an older version trained."""
+    raw = read_json(path, remedy=TRAIN) if path.is_file() else {}
+    return {name: _parsed(use, place=path, into=TableUse) for name, use in raw.items()}
 
 
 def _parsed(raw: object, *, place: Path, into: type[Record]) -> Record:

@@ -17,11 +17,13 @@ from recsys.experiment import EarlyStop, Experiment
 from recsys.failure import LossGuard
 from recsys.learner import Learner
 from recsys.metrics import Metrics
-from recsys.models.fnn import FNNConfig
+from recsys.parallel.pipeline import IdsAhead
 from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, average_buffers, barrier, from_all, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
-from recsys.warm_start import start_from_fm
+from recsys.table_use import table_uses
+from recsys.tensorboard import EventFile, require_tensorboard
+from recsys.warm_start import start_from
 
 Report = Callable[[Json], None]
 
@@ -32,9 +34,11 @@ def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> J
     `report` hears of each logged step and evaluation, on rank 0. Returns what `result.json` holds.
 
     Raises:
-        Fault: the dataset folder is stale or broken, or the run folder is another experiment's.
+        Fault: the dataset folder is stale or broken, the run folder is another experiment's, or a package is missing.
     """
     schema, settings = open_dataset(data, experiment.data_hash()), experiment.train
+    if settings.tensorboard:
+        require_tensorboard()
     with open_world(settings.device, dead_after_s=settings.dead_after_s) as world:
         if world.rank == 0:
             open_run(run, experiment, schema=schema, data=data)
@@ -71,7 +75,9 @@ class Trainer:
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
         self.mine = Slice(world.rank, world.size, self.settings.batch_size * self.settings.accumulate)
         self.learner = Learner(experiment, schema, world=world)
+        self.ids_ahead = IdsAhead(self.learner.sharded) if world.size > 1 else None
         self.guard = LossGuard(self.learner, schema, rows=self.splits["train"], run=self.run)
+        self.events: EventFile | None = None
         self._loss, self._saved_step = torch.zeros((), device=world.device), -1
         self._began, self._seconds_before, self._rows_before = time.monotonic(), 0.0, 0
 
@@ -84,23 +90,27 @@ class Trainer:
             restore(folder, learner.sharded, optimizer=learner.optimizer)
             self._saved_step, self.guard.usual = self.progress.step, self.progress.usual_loss
             self._set_rates()
-        elif isinstance(self.experiment.model, FNNConfig) and (fm := self.experiment.model.init_from_fm):
-            start_from_fm(learner.sharded, learner.network, schema=self.schema, run=Path(fm))
+        elif self.experiment.starts_from:
+            self._advance(steps_before=start_from(learner, self.experiment, schema=self.schema, run=self.run))
         self._seconds_before, self._rows_before = self.progress.seconds, self.progress.rows
         if self.world.rank == 0:
             self.lines = MetricsFile(self.run, last_step=self.progress.step)
+            if self.settings.tensorboard:
+                self.events = EventFile(self.run, last_step=self.progress.step)
 
     def rest_of_epoch(self) -> Any:
         """This rank's batches from where the epoch stands."""
         p = self.progress
-        return self.splits["train"].shuffled(self.mine, seed=p.seed, epoch=p.epoch, start=p.position)
+        batches = self.splits["train"].shuffled(self.mine, seed=p.seed, epoch=p.epoch, start=p.position)
+        return self.ids_ahead.batches(batches) if self.ids_ahead else batches
 
     def step(self, batch: Batch) -> None:
         """One update of tables (inside the backward pass) and dense weights."""
         p = self.progress
         torch.manual_seed(seed_of(p.seed, p.step, self.world.rank))
         self.guard.step = p.step + 1
-        self._loss += self.learner.update(batch.to(self.world.device), step=p.step + 1, guard=self.guard)
+        table_step = p.steps_before + p.step + 1
+        self._loss += self.learner.update(batch.to(self.world.device), step=table_step, guard=self.guard)
         position, rows = p.position + batch.global_rows, p.rows + batch.global_rows
         self._advance(step=p.step + 1, position=position, rows=rows, loss_steps=p.loss_steps + 1)
 
@@ -131,6 +141,8 @@ class Trainer:
     def finish(self) -> Json:
         """The best weights' metrics on validation and test rows, written once."""
         path = self.run / "result.json"
+        if self.events:
+            self.events.close()
         if path.is_file():
             found: Json = read_json(path, remedy="delete it and run the command again")
             return found
@@ -143,7 +155,9 @@ class Trainer:
             result[split], table = self._scores(split)
             if self.world.rank == 0:
                 write_predictions(self.run, split, table=table)
+        uses = table_uses(self.schema, self.splits["train"].groups, world=self.world)
         if self.world.rank == 0:
+            write_json(self.run / "tables.json", {name: use.model_dump() for name, use in uses.items()})
             write_json(path, result)
         barrier()
         return result
@@ -204,7 +218,10 @@ class Trainer:
             record |= milliseconds(laps, steps=p.loss_steps)
             record |= {"memory_gb": max(memory for _, memory in of_ranks)}
             record |= {"imbalance": max(work) * len(work) / sum(work)} if sum(work) else {}
-            self.lines.add({name: value for name, value in record.items() if value is not None})
+            line = {name: value for name, value in record.items() if value is not None}
+            self.lines.add(line)
+            if self.events:
+                self.events.add(line)
             record["total_rows"] = self.splits["train"].rows * self.settings.epochs
             self.report(record)
         self._advance(loss_sum=0.0, loss_steps=0)

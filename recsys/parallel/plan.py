@@ -87,7 +87,7 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     dense = dense_bytes(experiment, network, schema=schema)
     tables = network.tables = resized(network.tables, embedding)
     configs = {config.name: config for config in tables.embedding_bag_configs()}
-    reserved = sum(dense.device(hardware.device).values())
+    reserved = dense.reserved(hardware.device)
     kept = _Keep()
     planner = planner_of(
         tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved, stats=[kept]
@@ -120,8 +120,10 @@ def _check_limits(plan: Plan) -> None:
                 raise Fault("plan", got=got, wanted=f"at most {limit / GIB:,.1f} GiB", remedy=remedy)
 
 
-def state_bytes(embedding: Embedding, *, rows: int, columns: int) -> int:
-    """Of the optimizer's states of a shard: fp32, one number a row or one or two a weight."""
+def state_bytes(embedding: Embedding, table: str, *, rows: int, columns: int) -> int:
+    """Of the optimizer's states of a shard: fp32, one number a row or one or two a weight; none of a frozen table."""
+    if embedding.of(table).frozen:
+        return 0
     count = max(state_count(embedding), state_count(embedding.linear or embedding))
     if needs_own_rows(embedding):
         return max(count, 1) * rows * columns * 4  # FBGEMM's place for one is there for momentum-free SGD too
@@ -144,7 +146,7 @@ def _shards(
                 rows=rows,
                 columns=columns,
                 weight_bytes=rows * columns * (2 if embedding.of(option.name).precision == "fp16" else 4),
-                state_bytes=state_bytes(embedding, rows=rows, columns=columns),
+                state_bytes=state_bytes(embedding, option.name, rows=rows, columns=columns),
                 ms=shard.perf.total,
             )
 
@@ -188,7 +190,8 @@ def _tables_bytes(shard: ShardPlan, embedding: Embedding, *, shards_slots: int) 
     """Bytes of a shard in its rank's own memory and, where it spills, in the host's."""
     whole = {"weights": shard.weight_bytes, "states": shard.state_bytes}
     if shard.sharding == "data_parallel":
-        return {"own": whole | {"gradients": shard.rows * (shard.columns + 1) * 4}, "host": {}}
+        frozen = embedding.of(shard.table).frozen
+        return {"own": whole | {"gradients": 0 if frozen else shard.rows * (shard.columns + 1) * 4}, "host": {}}
     if shard.memory == "own":
         return {"own": whole, "host": {}}
     if shard.memory == "uvm":
@@ -216,7 +219,11 @@ def _sent_bytes(shard: ShardPlan, slots: int, *, embedding: Embedding, hardware:
     """
     others = hardware.ranks - 1
     if shard.sharding == "data_parallel":
-        return int(2 * shard.rows * (shard.columns + 1) * 4 * others / hardware.ranks)
+        return (
+            0
+            if embedding.of(shard.table).frozen
+            else int(2 * shard.rows * (shard.columns + 1) * 4 * others / hardware.ranks)
+        )
     sizes = _SENT_BYTES[embedding.forward_comm] + _SENT_BYTES[embedding.backward_comm]
     parts = {"row_wise": hardware.ranks}.get(shard.sharding, hardware.ranks_per_host)
     share = 1 / parts if shard.sharding in _ROW_CUTS else 1.0
@@ -229,9 +236,9 @@ def too_large(
     """Names the tables, the room, and what would make it fit."""
     sizes = {}
     for config in configs:
-        rows, columns = config.num_embeddings, config.embedding_dim
-        bytes_a_weight = 2 if embedding.of(config.name).precision == "fp16" else 4
-        sizes[config.name] = rows * columns * bytes_a_weight + state_bytes(embedding, rows=rows, columns=columns)
+        name, rows, columns = config.name, config.num_embeddings, config.embedding_dim
+        weight_bytes = rows * columns * (2 if embedding.of(name).precision == "fp16" else 4)
+        sizes[name] = weight_bytes + state_bytes(embedding, name, rows=rows, columns=columns)
     cuda = hardware.device == "cuda"
     capacity = hardware.hbm_bytes if cuda else hardware.ddr_bytes // hardware.ranks_per_host
     room, total = max(int(capacity * (1 - HEADROOM)) - reserved, 0), sum(sizes.values())

@@ -21,7 +21,10 @@ from recsys.parallel.rows import Lookup, l2_of, needs_own_rows, parts_of
 
 @dataclass(frozen=True)
 class _Copy:
-    """One table: weights [R, W], states (of their shape, or [R, 1]), gradients of all ranks, and who was touched."""
+    """One table: weights [R, W], states (of their shape, or [R, 1]), gradients of all ranks, and who was touched.
+
+    `features` are the places of its features in the module's lookups, `columns` those of their gradients.
+    """
 
     name: str
     vector: int
@@ -29,19 +32,24 @@ class _Copy:
     states: list[Tensor]
     gradient_RW: Tensor
     touched_R: Tensor
+    features: range
     columns: list[slice]
 
 
 class ReplicatedRows:
-    """Moves the rows of the data_parallel tables in one FBGEMM module. `step` counts from 1, set before each step."""
+    """Moves the rows of the data_parallel tables in one FBGEMM module, but for frozen ones.
+
+    `step` counts from 1, set before each step.
+    """
 
     def __init__(self, kernel: BatchedDenseEmbeddingBag, vectors: Mapping[str, int], *, embedding: Embedding) -> None:
         """`vectors`: how many columns of each table are a vector."""
         self._embedding, self.step, self.rate = embedding, 0, 1.0
         tables = kernel.emb_module
         weights = tables.weights.detach()
-        rows = sum(table.num_embeddings for table in kernel.config.embedding_tables)
-        self._sum = torch.zeros(weights.numel() + rows, device=weights.device)
+        moving = [t for t in kernel.config.embedding_tables if not embedding.of(t.name).frozen]
+        size = sum(table.num_embeddings * (table.embedding_dim + 1) for table in moving)
+        self._sum = torch.zeros(size, device=weights.device)
         self.copies = list(self._copies(kernel.config.embedding_tables, vectors, weights=weights))
         self.start()
         lookup = tables.forward
@@ -71,20 +79,24 @@ class ReplicatedRows:
     ) -> Iterator[_Copy]:
         fused = not needs_own_rows(self._embedding)
         count = max(state_count(self._embedding), state_count(self._embedding.linear or self._embedding))
-        begin, counted, column = 0, weights.numel(), 0
+        begin, summed, feature, column = 0, 0, 0, 0
         for table in tables:
             rows, width, features = table.num_embeddings, table.embedding_dim, len(table.feature_names)
             shape = (rows, 1) if fused and self._embedding.rowwise else (rows, width)  # as FBGEMM keeps it
-            yield _Copy(
-                name=table.name,
-                vector=vectors[table.name],
-                weights_RW=weights[begin : begin + rows * width].view(rows, width),
-                states=[torch.zeros(shape, device=weights.device) for _ in range(count)],
-                gradient_RW=self._sum[begin : begin + rows * width].view(rows, width),
-                touched_R=self._sum[counted : counted + rows],
-                columns=[slice(column + at * width, column + (at + 1) * width) for at in range(features)],
-            )
-            begin, counted, column = begin + rows * width, counted + rows, column + features * width
+            if not self._embedding.of(table.name).frozen:
+                counted = summed + rows * width
+                yield _Copy(
+                    name=table.name,
+                    vector=vectors[table.name],
+                    weights_RW=weights[begin : begin + rows * width].view(rows, width),
+                    states=[torch.zeros(shape, device=weights.device) for _ in range(count)],
+                    gradient_RW=self._sum[summed:counted].view(rows, width),
+                    touched_R=self._sum[counted : counted + rows],
+                    features=range(feature, feature + features),
+                    columns=[slice(column + at * width, column + (at + 1) * width) for at in range(features)],
+                )
+                summed = counted + rows
+            begin, feature, column = begin + rows * width, feature + features, column + features * width
 
     def _parts(self, copy: _Copy) -> Iterator[tuple[slice, Any]]:
         for part in parts_of(self._embedding, vector=copy.vector, width=copy.weights_RW.shape[1]):
@@ -93,18 +105,19 @@ class ReplicatedRows:
     @torch.no_grad()
     def _move(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> None:
         """One step by the gradient [B, D] of what this rank looked up: at most one id a feature and row."""
+        if not self.copies:
+            return
         self._sum.zero_()
         filled_FB = offsets.diff().view(-1, gradient_BD.shape[0]) > 0
-        ends, at = filled_FB.sum(dim=1).cumsum(0).tolist(), 0
+        ends = filled_FB.sum(dim=1).cumsum(0).tolist()
         for copy in self.copies:
-            for columns in copy.columns:
+            for at, columns in zip(copy.features, copy.columns, strict=True):
                 rows_I = indices[ends[at - 1] if at else 0 : ends[at]]
                 gradient_IW = gradient_BD[:, columns]
                 if len(rows_I) < len(gradient_IW):
                     gradient_IW = gradient_IW[filled_FB[at]]
                 copy.gradient_RW.index_add_(0, rows_I, gradient_IW)
                 copy.touched_R[rows_I] = 1.0
-                at += 1
         dist.all_reduce(self._sum)
         for copy in self.copies:
             copy.gradient_RW.div_(dist.get_world_size())

@@ -98,6 +98,28 @@ class RowOptimizer:
         raise RuntimeError("an optimizer state belongs to no table of this rank")
 
 
+def hold(tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+    """Keeps the rows of frozen tables where they are.
+
+    Their lookups still take part in the backward pass: a rank that holds frozen tables alone has to enter the exchange
+    of gradients.
+    """
+    lookup = tables.forward
+
+    def forward(indices: Tensor, offsets: Tensor, *rest: Any, **named: Any) -> Tensor:
+        with torch.no_grad():
+            rows_BD = lookup(indices, offsets, *rest, **named)
+        if not torch.is_grad_enabled():
+            return torch.as_tensor(rows_BD)
+        return torch.as_tensor(Lookup.apply(tables.placeholder_autograd_tensor, rows_BD, _ignore))  # type: ignore[no-untyped-call]
+
+    tables.forward = forward
+
+
+def _ignore(gradient_BD: Tensor) -> None:
+    """Moves nothing."""
+
+
 class Lookup(Function):
     """Hands the gradient of looked up rows to a function that moves the rows."""
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
@@ -21,7 +22,7 @@ from recsys.experiment import Embedding
 from recsys.network import Network, init_rows
 from recsys.parallel.plan import too_large
 from recsys.parallel.replicated import ReplicatedRows
-from recsys.parallel.rows import RowOptimizer, needs_own_rows
+from recsys.parallel.rows import RowOptimizer, hold, needs_own_rows
 from recsys.parallel.sharders import Sharder, hardware_here, planner_of, resized, sharder_of, states_shown
 from recsys.parallel.world import World
 
@@ -49,11 +50,8 @@ class Sharded:
         for own in self._own():
             own.step = step
 
-    def set_rows(self, tables: Mapping[str, Tensor]) -> None:
-        """Overwrites this rank's rows of the tables [R, W] with given ones; optimizers begin anew from them."""
-        for name, part in _own_shards(self.model, tables):
-            (first, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
-            part.tensor.detach().copy_(tables[name][first : first + rows, column : column + columns])
+    def start_states(self) -> None:
+        """The states of own optimizers where training begins, from the rows as they are."""
         for group in (*(self.rows.groups if self.rows else ()), *self.replicated):
             group.start()
 
@@ -76,23 +74,29 @@ class Sharded:
         return (*((self.rows,) if self.rows else ()), *self.replicated)
 
 
-def shard(network: Network, embedding: Embedding, *, world: World, seed: int, batch_size: int = BATCH_SIZE) -> Sharded:
+def shard(
+    network: Network,
+    embedding: Embedding,
+    *,
+    world: World,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+    reserved_bytes: int = 0,
+) -> Sharded:
     """The network over all ranks: tables sharded, with their optimizer in the backward pass, and rows initialised.
 
-    `batch_size`, of one rank, helps the planner to weigh memory and communication.
+    `batch_size`, of one rank, helps the planner to weigh memory and communication; it leaves `reserved_bytes` of each
+    rank's memory to what is not a table.
 
     Raises:
         Fault: the tables do not fit; on every rank, so that none is left waiting.
     """
     network.tables = tables = resized(network.tables, embedding)
     sharder = sharder_of(embedding, world.device.type)
-    plan = _agreed_plan(network, embedding, sharder=sharder, world=world, batch_size=batch_size)
-    own = needs_own_rows(embedding)
-    settings: dict[str, float] = {"lr": embedding.learning_rate}
-    if own or embedding.optimizer != "sgd":
-        settings["eps"] = embedding.eps
-    kind = "adagrad" if own else embedding.optimizer  # one state a weight, for whatever optimizer moves it
-    apply_optimizer_in_backward(_OPTIMIZERS[kind], tables.parameters(), settings)
+    plan = _agreed_plan(
+        network, embedding, sharder=sharder, world=world, batch_size=batch_size, reserved_bytes=reserved_bytes
+    )
+    _choose_optimizers(tables, embedding)
     network.head.to(world.device)
     network.columns = network.columns.to(world.device)
     alone = world.size == 1  # nobody to average gradients with
@@ -104,19 +108,34 @@ def shard(network: Network, embedding: Embedding, *, world: World, seed: int, ba
     return _with_optimizers(model, embedding, vectors=vectors)
 
 
+def _choose_optimizers(tables: EmbeddingBagCollection, embedding: Embedding) -> None:
+    """FBGEMM's for each table; a frozen one gets that without states, which puts it into modules of its own."""
+    own = needs_own_rows(embedding)
+    settings: dict[str, float] = {"lr": embedding.learning_rate}
+    if own or embedding.optimizer != "sgd":
+        settings["eps"] = embedding.eps
+    kind = "adagrad" if own else embedding.optimizer  # one state a weight, for whatever optimizer moves it
+    for name, bag in tables.embedding_bags.items():
+        frozen = embedding.of(name).frozen
+        chosen = (torch.optim.SGD, {"lr": 0.0}) if frozen else (_OPTIMIZERS[kind], settings)
+        apply_optimizer_in_backward(chosen[0], bag.parameters(), chosen[1])
+
+
 def _agreed_plan(
-    network: Network, embedding: Embedding, *, sharder: Sharder, world: World, batch_size: int
+    network: Network, embedding: Embedding, *, sharder: Sharder, world: World, batch_size: int, reserved_bytes: int
 ) -> ShardingPlan:
     """Rank 0's plan, or its fault, on all ranks."""
     found: list[Any] = [None]
     if world.rank == 0:
         tables, hardware = network.tables, hardware_here(world)
         try:
-            planner = planner_of(tables, embedding, hardware=hardware, batch_size=batch_size)
+            planner = planner_of(
+                tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved_bytes
+            )
             with states_shown(tables, embedding):
                 found = [planner.plan(network, [sharder])]
         except PlannerError:
-            fault = too_large(tables.embedding_bag_configs(), embedding, hardware=hardware)
+            fault = too_large(tables.embedding_bag_configs(), embedding, hardware=hardware, reserved=reserved_bytes)
             found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
         except Fault as fault:
             found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
@@ -135,6 +154,8 @@ def _with_optimizers(model: DistributedModelParallel, embedding: Embedding, *, v
         shards = kernel.config.embedding_tables
         if isinstance(kernel, BatchedDenseEmbeddingBag):
             replicated.append(ReplicatedRows(kernel, vectors, embedding=embedding))
+        elif any(embedding.of(table.name).frozen for table in shards):
+            hold(kernel.emb_module)
         elif rows:
             rows.attach(kernel.emb_module, [_vector_of(table, vectors[table.name]) for table in shards])
         else:

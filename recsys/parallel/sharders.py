@@ -163,8 +163,8 @@ def states_shown(tables: EmbeddingBagCollection, embedding: Embedding) -> Iterat
     kind = kinds[max(count, 1)] if needs_own_rows(embedding) else kinds[count]
     if not needs_own_rows(embedding) and embedding.rowwise:
         kind = RowWiseAdagrad
-    for parameter in tables.parameters():
-        parameter._optimizer_classes = [kind]
+    for name, bag in tables.embedding_bags.items():
+        bag.weight._optimizer_classes = [torch.optim.SGD if embedding.of(name).frozen else kind]
     try:
         yield
     finally:

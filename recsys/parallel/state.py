@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.remote_device import _remote_device
@@ -58,14 +62,74 @@ def restore_weights(folder: Path, sharded: Sharded) -> None:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by its name, whole, without a process group."""
-    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     found = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in sorted(saved.items())
+        for name, about in sorted(FileSystemReader(folder).read_metadata().state_dict_metadata.items())
         if isinstance(about, TensorStorageMetadata)
     }
     load_state(dict(found), checkpoint_id=folder, no_dist=True)
     return found
+
+
+Sizes = Mapping[str, tuple[int, ...]]
+"""Of whole tensors by the names that they have in a checkpoint."""
+
+
+def sizes_here(sharded: Sharded, *, optimizer: Optimizer) -> Sizes:
+    """What a checkpoint of this model and its optimizers would hold."""
+    return {name: tuple(tensor.size()) for name, tensor in flatten_state_dict(_state(sharded, optimizer))[0].items()}
+
+
+def sizes_of(folder: Path) -> Sizes:
+    """What a checkpoint holds."""
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(about.size) for name, about in saved.items() if isinstance(about, TensorStorageMetadata)}
+
+
+def restore_parts(folder: Path, names: Iterable[str], *, sharded: Sharded, optimizer: Optimizer) -> None:
+    """Loads of these tensors, in place, what both the checkpoint and this rank have: no rank waits for another.
+
+    What was saved with fewer rows or columns fills the first ones; the others stay as they are.
+    """
+    state, wanted = flatten_state_dict(_state(sharded, optimizer))[0], set(names)
+    reader = FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    into = {name: list(_parts(value)) for name, value in state.items() if name in wanted}
+    planner = _Parts(into, saved=metadata.state_dict_metadata)
+    reader.read_data(planner.create_local_plan(), planner).wait()
+
+
+class _Parts(DefaultLoadPlanner):
+    """Reads into parts of tensors, each given by the place of its first element in the whole."""
+
+    def __init__(self, into: Mapping[str, list[tuple[list[int], Tensor]]], *, saved: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._into, self._saved = into, saved
+
+    def create_local_plan(self) -> LoadPlan:
+        """Everything that overlaps."""
+        found: list[ReadItem] = []
+        for name, parts in self._into.items():
+            chunks = [ChunkStorageMetadata(torch.Size(first), part.size()) for first, part in parts if part.numel()]
+            found += create_read_items_for_chunk_list(name, self._saved[name], chunks)
+        return LoadPlan(found)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The piece of a part that an item fills."""
+        name, first = read_item.dest_index.fqn, list(read_item.dest_index.offset or [])
+        piece = next(part for place, part in self._into[name] if place == first and part.numel())
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            piece = piece.narrow(dim, start, length)
+        return piece
+
+
+def _parts(value: Any) -> Iterator[tuple[list[int], Tensor]]:
+    """What this rank holds of a tensor, each part with the place of its first element."""
+    if isinstance(value, ShardedTensor):
+        yield from ((list(part.metadata.shard_offsets), part.tensor.detach()) for part in value.local_shards())
+    else:
+        yield [0] * value.dim(), value.detach()
 
 
 def _copied(value: Any) -> Any:
@@ -90,7 +154,7 @@ def _in_host_memory(value: Tensor) -> Tensor:
 
 def _state(sharded: Sharded, optimizer: Optimizer) -> dict[str, Any]:
     """Tensors alone: a checkpoint then needs no unpickling but of its index."""
-    dense: Mapping[int, Mapping[str, Tensor]] = optimizer.state_dict()["state"]
+    names = {id(parameter): name for name, parameter in sharded.model.named_parameters()}
     tables = {name: dict(states) for name, states in sharded.model.fused_optimizer.state_dict()["state"].items()}
     second = _second_states(tables, sharded.rows) if sharded.rows else {}
     for table, first in sharded.replicated_states(0).items():
@@ -100,7 +164,7 @@ def _state(sharded: Sharded, optimizer: Optimizer) -> dict[str, Any]:
         "model": sharded.model.state_dict(),
         "tables": tables,
         "second": second,
-        "dense": {str(at): dict(state) for at, state in dense.items()},
+        "dense": {names[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()},
     }
     return {name: part for name, part in parts.items() if part}  # an empty one, of a rank without tables, is a key too
 

@@ -91,6 +91,11 @@ def mean_over_ranks(value: Tensor) -> float:
     return float(total) / dist.get_world_size()
 
 
+def sum_over_ranks(values: Tensor) -> None:
+    """Adds up, in place, the values of all ranks; every rank has to call."""
+    dist.all_reduce(values)
+
+
 def average_buffers(module: nn.Module) -> None:
     """Gives every rank the mean of all ranks' running statistics; every rank has to call."""
     _average(buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var")))
@@ -112,8 +117,8 @@ def _average(tensors: Iterable[Tensor]) -> None:
         tensor.detach().copy_(part.view_as(tensor))
 
 
-def gather_steps(own_SBD: Tensor) -> Tensor:
-    """Each rank's [S, B, D] of S steps -> all ranks' rows [S x ranks x B, D] in global order, on every rank."""
+def gather_rows(own_SBD: Tensor) -> Tensor:
+    """Each rank's [S, B, D] of S batches -> the rows of all ranks [ranks x S x B, D], one rank's after the other's."""
     parts = [torch.empty_like(own_SBD) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own_SBD.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 2)
+    return torch.cat(parts).flatten(0, 1)

@@ -53,6 +53,25 @@ def first_loss(run: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_evaluations_between_the_steps_of_two_ranks_change_no_number(data: Path, tmp_path: Path) -> None:
+    """The ids of the next step already travel when an evaluation looks up its own rows."""
+    settings = ("train.epochs=1", "train.log_every_steps=7")
+    finish(data, tmp_path / "without", *settings, ranks=2)
+    finish(data, tmp_path / "with", *settings, "train.eval_every_steps=10", "train.checkpoint_every_steps=4", ranks=2)
+    lines = [
+        map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines()) for run in ("with", "without")
+    ]
+    several, once = ({line["step"]: line for line in part} for part in lines)
+    assert len(several) > len(once) > 5
+    assert several[1]["loss"] == once[1]["loss"] and several[7]["loss"] == once[7]["loss"]
+    last = max(once)
+    assert {k: v for k, v in several[last].items() if "valid" in k} == {
+        k: v for k, v in once[last].items() if "valid" in k
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 def test_two_ranks_learn_what_one_learns(data: Path, tmp_path: Path) -> None:
     one = finish(data, tmp_path / "one", "train.batch_size=512")
     two = finish(data, tmp_path / "two", "train.batch_size=256", ranks=2)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from etl.faults import Fault
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
-from recsys.data import Batch, Slice, Split, open_dataset
+from recsys.data import Batch, Rows, Slice, Split, open_dataset
 from recsys.experiment import Experiment
+from recsys.shards import RowGroup
 
 TOTAL = 3000
 SCHEMA = Schema(
@@ -66,24 +67,67 @@ def test_each_row_comes_once_and_a_resumed_epoch_takes_the_rest(
 @given(ranks=st.integers(2, 4), batch_size=st.integers(40, 300))
 def test_the_rows_of_a_step_do_not_depend_on_the_ranks(numbered: Split, ranks: int, batch_size: int) -> None:
     one = by_step(numbered, ranks=1, batch_size=ranks * batch_size, epoch=0, start=0)
-    assert by_step(numbered, ranks=ranks, batch_size=batch_size, epoch=0, start=0) == one
+    several = by_step(numbered, ranks=ranks, batch_size=batch_size, epoch=0, start=0)
+    assert [sorted(step) for step in several] == [sorted(step) for step in one]
+
+
+class Counting(Split):
+    """Remembers which row groups it decoded."""
+
+    def _read(self, group: RowGroup) -> Rows:
+        self.read = [*getattr(self, "read", []), (group.file.name, group.index)]
+        return super()._read(group)
+
+
+@pytest.mark.parametrize(("ranks", "share"), [(1, 1.0), (2, 0.75), (4, 0.5)])
+def test_a_rank_decodes_its_share_of_the_row_groups_and_none_twice(numbered: Split, ranks: int, share: float) -> None:
+    folder, total = numbered.groups[0].file.parent, len(numbered.groups)
+    everything = set()
+    for rank in range(ranks):
+        split = Counting(folder, SCHEMA)
+        assert len(list(split.shuffled(Slice(rank, ranks, 100), seed=5, epoch=0, start=0))) == -(
+            -TOTAL // (100 * ranks)
+        )
+        assert len(split.read) == len(set(split.read)) <= share * total
+        everything |= set(split.read)
+    assert len(everything) == total
 
 
 def test_epochs_differ_in_order_and_evaluation_keeps_that_of_the_files(numbered: Split) -> None:
     first, second = (by_step(numbered, ranks=1, batch_size=500, epoch=epoch, start=0) for epoch in (0, 1))
     assert first != second
     assert list(chain(*real_ids(numbered.in_file_order(Slice(0, 1, 500))))) == list(range(TOTAL))
+    windows = [{row // 83 for row in step} for step in first]
+    assert all(len(groups) > 8 for groups in windows), "rows of a step come from all over a window"
 
 
-def test_ranks_have_equal_shapes_also_where_rows_run_out(numbered: Split) -> None:
+def test_in_file_order_each_rank_has_a_stretch_and_all_equally_many_batches(numbered: Split) -> None:
+    stretches = []
     for rank in range(4):
-        batches = list(numbered.in_file_order(Slice(rank, 4, 800)))
-        assert [batch.ids_BS.shape for batch in batches] == [(800, 1)]
-        assert [batch.global_rows for batch in batches] == [TOTAL]
-        assert batches[0].real_B.sum() == (800 if rank < 3 else 600)
-        filled_up = batches[0].ids_BS[batches[0].real_B == 0, 0].tolist()
-        assert filled_up == list(range(len(filled_up))), "copies of the step's own rows, from its first"
-        assert batches[0].weights_BT[:, 0].equal(batches[0].real_B)
+        batches = list(numbered.in_file_order(Slice(rank, 4, 400)))
+        assert [batch.ids_BS.shape for batch in batches] == [(400, 1)] * 2
+        stretches += real_ids(batches)
+    assert list(chain(*stretches)) == list(range(TOTAL))
+
+
+def test_ranks_have_equal_shapes_also_where_rows_run_out(tmp_path: Path) -> None:
+    """Seven rows in steps of up to twelve: one or two for each of four ranks, then of eight ranks one has none."""
+    split = write_files(tmp_path, [3, 4], group_rows=2)
+    for ranks, counts in ((4, [2, 2, 2, 1]), (8, [1] * 7 + [0])):
+        real, ids = [], []
+        for rank in range(ranks):
+            (batch,) = split.shuffled(Slice(rank, ranks, 3), seed=1, epoch=0, start=0)
+            assert (batch.ids_BS.shape, batch.global_rows) == ((3, 1), 7)
+            real.append(int(batch.real_B.sum()))
+            assert batch.weights_BT[:, 0].equal(batch.real_B)
+            own = batch.ids_BS[:, 0].tolist()
+            ids += own[: real[-1]]
+            assert set(own[real[-1] :]) <= set(own[: max(real[-1], 1)]), "copies of the rank's own rows"
+        assert real == counts
+        assert sorted(ids) == list(range(7))
+    for rank in range(9):
+        (batch,) = split.in_file_order(Slice(rank, 9, 1))
+        assert (batch.ids_BS[:, 0].tolist(), batch.real_B.tolist()) == ([min(rank, 6)], [float(rank < 7)])
 
 
 def test_lists_values_conditions_and_groups_are_read(tmp_path: Path) -> None:
@@ -133,7 +177,8 @@ def test_any_files_on_any_ranks_give_every_row_once_also_where_the_ranks_change(
         taken = before[: round(share * len(before))]
         start = sum(len(step) for step in taken)
         rest = by_step(split, ranks=ranks[1], batch_size=batch_size, epoch=0, start=start) if start < sum(sizes) else []
-        in_order = list(chain(*real_ids(split.in_file_order(Slice(0, 1, batch_size)))))
+        stretches = [split.in_file_order(Slice(rank, ranks[1], batch_size)) for rank in range(ranks[1])]
+        in_order = list(chain(*(ids for stretch in stretches for ids in real_ids(stretch))))
     assert Counter(chain(*before)) == Counter(range(sum(sizes)))
     assert Counter(chain(*taken, *rest)) == Counter(range(sum(sizes)))
     assert in_order == list(range(sum(sizes)))

@@ -21,6 +21,7 @@ def test_a_table_says_what_differs() -> None:
         "precision": "fp16",
         "column_width": None,
         "cache_share": 0.2,
+        "frozen": False,
     }
     assert embedding.of("item").sharding == "table_wise"
     assert (embedding.of("item").precision, embedding.of("item").column_width) == ("fp16", 8)
@@ -38,6 +39,8 @@ def test_a_table_says_what_differs() -> None:
         ({"sharding": "data_parallel", "precision": "fp16"}, "data_parallel tables are fp32"),
         ({"forward_comm": "bf16"}, "gloo has no bf16 communication"),
         ({"column_width": 6}, "column_width"),
+        ({"tables": {"item": {"frozen": True}}}, "embedding.tables.item: frozen rows would stay as drawn at random"),
+        ({"frozen": True}, "embedding: frozen rows would stay as drawn at random"),
     ],
 )
 def test_what_cannot_be_is_refused(experiment: Callable[..., Experiment], embedding: dict[str, Any], said: str) -> None:

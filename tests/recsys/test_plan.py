@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from typer.testing import CliRunner
 from etl.faults import Fault, Faults
 from etl.schema import Schema, Table
 from recsys.cli import app
+from recsys.learner import Learner
 from recsys.parallel.plan import Plan, make_plan
 from recsys.parallel.sharders import Hardware
+from recsys.parallel.world import open_world
 from recsys.plan import GIB, as_json, as_text, schema_for, write_picture
 from recsys.plan_options import PlanOptions
 from tests.recsys.conftest import RAW, SCHEMA, experiment
@@ -179,3 +182,20 @@ def test_the_command(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = json.loads(done.output)
     assert found["hardware"] == {"ranks": 4, "hosts": 1, "device": "cpu", "hbm_bytes": 0, "ddr_bytes": 8 * GIB}
     assert found["tables"] == {"user": 60, "item": 30, "pair": 400}
+
+
+def test_training_plans_with_the_reserve_that_plan_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine whose memory the tables alone would fit into, but not beside the head and the libraries."""
+    chosen = experiment(embedding=ADAGRAD, model={"hidden": [512, 512]})
+    large = sized(user=3_000_000)
+    tables = 2 * 3_000_000 * 12 * 4
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=int((tables + 50e6) / 0.9)))
+    hardware = Hardware(1, 1, "cpu", 0, int((tables + 50e6) / 0.9))
+    with pytest.raises(Fault) as planned:
+        make_plan(chosen, large, hardware=hardware)
+    with open_world("cpu") as world, pytest.raises(Fault) as trained:
+        Learner(chosen, large, world=world)
+    assert str(trained.value) == str(planned.value)
+    assert "GiB of others" in str(trained.value)
