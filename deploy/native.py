@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch.export import ExportedProgram
 
 from deploy.served_program import cpu_flags
@@ -24,15 +25,21 @@ def level_of(wanted: Compile) -> str | None:
     """The level to compile for, None for no native code; "auto" is the highest of this CPU, if there is a compiler.
 
     Raises:
-        Fault: a level was asked for, and there is no compiler, or this CPU could not check what it compiles.
+        Fault: a level was asked for, and there is no compiler, or one that knows no levels, or this CPU could not check
+            what it compiles.
     """
     if wanted == "off":
         return None
+    from torch._inductor import config
+
     compiler = os.environ.get("CXX", "g++")
-    has_compiler = shutil.which(compiler) is not None
+    has_compiler, has_levels = shutil.which(compiler) is not None, hasattr(config.cpp, "march")
     found = next((level for level, needs in LEVELS.items() if needs <= cpu_flags()), None)
     if wanted == "auto":
-        return found if has_compiler else None
+        return found if has_compiler and has_levels else None
+    if not has_levels:
+        got, remedy = f"torch {torch.__version__}", "install torch 2.13, or set 'compile' to \"off\""
+        raise Fault("export.compile", got=got, wanted="one that compiles for a level", remedy=remedy)
     if not has_compiler:
         remedy = "install g++, or set 'compile' to \"off\""
         raise Fault("export.compile", got=f"no compiler '{compiler}'", wanted="a C++ compiler", remedy=remedy)
