@@ -33,6 +33,7 @@ class Alive:
         # in beats of `_watch`: while this process does not get to run, as at a long import, nobody is silent
         self._unreached = self._unheard = 0
         self._neighbour, self._came, self._word = (rank + 1) % size, False, ""
+        self._leaving = False
         # the store's answer may never come: who waits for it cannot watch
         self._beating = threading.Thread(target=self._beat, name="alive-beat", daemon=True)
         self._beating.start()
@@ -50,6 +51,7 @@ class Alive:
 
     def say_ended(self, why: str) -> None:
         """Tells the others that a rank ends, and why; the first word stands. Waits for a few beats at most."""
+        self._leaving = True
         teller = threading.Thread(target=self._tell, args=(why,), name="alive-tell", daemon=True)
         teller.start()
         teller.join(_BEATS_TO_TELL * self._beat_s)
@@ -60,6 +62,7 @@ class Alive:
 
     def who_ended(self) -> str:
         """Waits for a few beats, then repeats who said so, or names who has not been heard since; empty: nobody."""
+        self._leaving = True
         try:
             before = [self._count(rank) for rank in range(self._size)]
             for _ in range(_BEATS_TO_TELL):
@@ -92,7 +95,7 @@ class Alive:
         while not self._stop.wait(self._beat_s):
             self._unreached, self._unheard = self._unreached + 1, self._unheard + 1
             patience_s = self._dead_after_s if self._came else COME_WITHIN_S
-            if self._word:
+            if self._word and not self._leaving:  # else the main thread is about to say it itself
                 self._end(self._word)
             if self._parent not in (None, os.getppid()):  # nobody would end it, and the next start takes its run folder
                 self._end(f"the torchrun of {self.name} ended")

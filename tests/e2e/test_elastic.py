@@ -102,6 +102,15 @@ def test_a_rank_that_fails_tells_the_other_one_why(pair: list[subprocess.Popen[s
     assert pair[0].returncode in (1, 2) and "ended: of its own" in said, said
 
 
+def test_the_rank_that_keeps_the_store_fails_by_its_own_error_and_lets_the_other_one_read_it(tmp_path: Path) -> None:
+    with two_ranks(tmp_path, WORKER.replace("rank == 1", "rank == 0")) as ranks:
+        assert all(rank.stdout and rank.stdout.readline() == "joined\n" for rank in ranks)
+        _, own = ranks[0].communicate("go\n", timeout=20 * DEAD_AFTER_S)
+        _, said = ranks[1].communicate(timeout=20 * DEAD_AFTER_S)
+    assert "RuntimeError: of its own" in own, own
+    assert ranks[1].returncode in (1, 2) and "ended: of its own" in said, said
+
+
 def test_a_rank_that_dies_before_all_are_connected_is_named(tmp_path: Path) -> None:
     with two_ranks(tmp_path, EARLY) as ranks:
         assert ranks[1].stdout and ranks[1].stdout.readline() == "met\n"
