@@ -4,7 +4,7 @@ Equality: 20 steps of DeepFM on random rows, on a single process with plain torc
 sharding type on 1, 2 and 4 ranks (4: two hosts of two, by what the ranks are told) and every optimizer. The table shows
 the largest difference of a loss over the steps.
 
-Cost: the same global batch on 2 ranks of one thread each and on 1 rank of two threads, in turns.
+Cost: the same global batch on 2 ranks of one thread each and on 1 rank of two threads, in turns; bf16 where it is fast.
 
 The last line is a JSON object: `cells`, `largest_difference`, and with the cost `ranks_over_threads` of each sharding.
 """
@@ -29,9 +29,10 @@ from torch import Tensor
 from etl.experiment_file import parse
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
 from recsys.data import Batch
-from recsys.experiment import Experiment
+from recsys.experiment import Experiment, Train
 from recsys.learner import dense_optimizer
 from recsys.loss import mean_loss
+from recsys.machine import slow_precision
 from recsys.network import Network, build_network, init_rows
 from recsys.optim import start_states, state_count, update
 from recsys.parallel.pipeline import IdsAhead
@@ -51,7 +52,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "ftrl": {"learning_rate": 0.1, "accumulator_start": 0.1},
 }
 MIXED = ("table_wise", "row_wise", "data_parallel", "table_row_wise")
-STEPS, QUICK_STEPS, WORLDS = 20, 5, (1, 2, 4)
+STEPS, QUICK_STEPS, WORLDS, TURNS = 20, 5, (1, 2, 4), 4
 SMALL = {"user": 90, "item": 40, "tag": 7, "city": 2, "pair": 300}
 WIDE = {f"C{at}": 10 ** (2 + at % 5) for at in range(26)}
 
@@ -209,19 +210,22 @@ def losses_alone(steps: int) -> dict[str, list[float]]:
     return found
 
 
-def step_seconds(sharding: str, *, rounds: int, ahead: bool) -> list[float]:
-    """Of DeepFM on 26 tables, 4096 rows over all ranks, bf16."""
-    schema = schema_of(WIDE, dense=13)
-    embedding = embedding_of("rowwise_adagrad", sharding, rows=WIDE, dim=16)
+def step_seconds(sharding: str, *, rounds: int) -> dict[str, float]:
+    """Medians of DeepFM on 26 tables, 4096 rows over all ranks; on several ranks also with ids sent ahead, in turns."""
+    schema, embedding = schema_of(WIDE, dense=13), embedding_of("rowwise_adagrad", sharding, rows=WIDE, dim=16)
+    experiment = experiment_of(schema, embedding, hidden=[400, 400, 400])
     with open_world("cpu") as world:
-        run = Ranks(experiment_of(schema, embedding, hidden=[400, 400, 400]), schema, world=world, bf16=True)
+        run = Ranks(experiment, schema, world=world, bf16=slow_precision(Train(precision="bf16")) is None)
         batches = [rank_batch(schema, 4096, step=at, rank=world.rank, ranks=world.size) for at in range(4)]
-        turns = (batches[step % 4] for step in range(rounds + 5))
-        ends = []
-        for step, batch in enumerate(IdsAhead(run.sharded).batches(turns) if ahead else turns, start=1):
-            run.step(batch, step=step)
-            ends.append(time.perf_counter())
-    return [end - begin for begin, end in pairwise(ends)][4:]
+        sides: dict[str, Any] = {"plain": iter} | ({"ahead": IdsAhead(run.sharded).batches} if world.size > 1 else {})
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        for turn, (side, taken) in product(range(TURNS), sides.items()):
+            ends = []
+            for at, batch in enumerate(taken(batches[at % 4] for at in range(rounds))):
+                run.step(batch, step=turn * rounds + at + 1)
+                ends.append(time.perf_counter())
+            seconds[side] += [end - begin for begin, end in pairwise(ends)] if turn else []
+    return {side: median(found) for side, found in seconds.items()}
 
 
 def on_ranks(ranks: int, *, threads: int, arguments: list[str]) -> Any:
@@ -258,15 +262,12 @@ def cost(rounds: int) -> dict[str, float]:
     """2 ranks of one thread over 1 rank of two threads, in turns."""
     found = {}
     for sharding in ("table_wise", "row_wise"):
-        arguments = ["--cost", sharding, "--steps", str(rounds)]
-        sides = [(1, []), (2, []), (2, ["--ahead"])]
-        turns = [
-            [median(on_ranks(n, threads=2 // n, arguments=arguments + more)) for n, more in sides] for _ in range(3)
-        ]
-        found[sharding] = median(two / one for one, two, _ in turns)
-        found[f"{sharding}, ids ahead"] = median(ahead / one for one, _, ahead in turns)
+        line = ["--cost", sharding, "--steps", str(rounds)]
+        turns = [[on_ranks(ranks, threads=2 // ranks, arguments=line) for ranks in (1, 2)] for _ in range(2)]
+        for name, side in (("", "plain"), (", ids ahead", "ahead")):
+            found[sharding + name] = median(two[side] / one["plain"] for one, two in turns)
         print(f"{sharding}, ms a step of 1 rank x 2 threads, of 2 ranks x 1 thread, and of those with ids sent ahead:")
-        print("; ".join(", ".join(f"{side * 1e3:.0f}" for side in turn) for turn in turns))
+        print([[round(side * 1e3) for side in (one["plain"], *two.values())] for one, two in turns])
     return found
 
 
@@ -277,14 +278,13 @@ def main() -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--cost", help=argparse.SUPPRESS)
-    parser.add_argument("--ahead", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet_libraries()
     if options.worker:
         if os.environ["WORLD_SIZE"] == "4":
             os.environ["LOCAL_WORLD_SIZE"] = "2"
         if options.cost:
-            found: Any = step_seconds(options.cost, rounds=options.steps, ahead=options.ahead)
+            found: Any = step_seconds(options.cost, rounds=options.steps)
         else:
             found = losses_on_ranks(options.steps)
         if os.environ["RANK"] == "0":
@@ -292,7 +292,7 @@ def main() -> None:
         return
     figures = equality(QUICK_STEPS if options.quick else STEPS) if options.only != "cost" else {}
     if options.only == "cost" or not (options.quick or options.only):
-        figures["ranks_over_threads"] = cost(rounds=20)
+        figures["ranks_over_threads"] = cost(rounds=8)
     print(json.dumps(figures))
 
 
