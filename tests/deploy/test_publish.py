@@ -146,7 +146,7 @@ def until_served(server: Server, versions: list[tuple[str, str]]) -> None:
 def test_three_thousand_requests_over_swaps_broken_versions_and_a_rollback(bundle: Path) -> None:
     repository = bundle.parent / "repository"
     with serving(bundle) as (process, server):
-        pid = json.loads((bundle.parent / "server.json").read_text())["pid"]
+        told = json.loads((bundle.parent / "server.json").read_text())
         load = Load(server.url, bundle)
         load.until(300)
         second = publish(changed(bundle, "second", retrained), repository, server=server, keep=3)
@@ -172,9 +172,9 @@ def test_three_thousand_requests_over_swaps_broken_versions_and_a_rollback(bundl
         answers = load.finish()
         assert set(answers) == {"right"}
         assert answers["right"] >= 3000
-        assert json.loads((bundle.parent / "server.json").read_text())["pid"] == pid, "the server was restarted"
+        assert json.loads((bundle.parent / "server.json").read_text())["pid"] == told["pid"], "the server was restarted"
         assert process.poll() is None
         log = (bundle.parent / "server" / "tritonserver.log").read_text()
     assert "no table of this name" in log
     assert not (repository / CANDIDATE).exists()
-    assert not list(Path("/dev/shm").glob("rankforge-*"))
+    assert not list(Path("/dev/shm").glob(f"{told['server_id']}*"))

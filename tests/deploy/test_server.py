@@ -431,13 +431,14 @@ def test_a_start_that_is_called_off_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.triton
 def test_a_model_that_takes_too_long_is_a_fault(tmp_path: Path) -> None:
+    before = psutil.Process().children()
     options = dataclasses.replace(model_options(tmp_path, SLOW), ready_timeout_s=1.0)
     with (
         EmbeddedServer(options) as server,
         pytest.raises(Fault, match=r"no answer of HTTP within 1 s(.|\n)*slow model"),
     ):
         server.start()
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 @pytest.mark.triton
@@ -482,13 +483,14 @@ def test_a_start_takes_other_ports_when_it_lost_one(options: ServerOptions, monk
     ids=["raises", "crashes", "imports"],
 )
 def test_a_model_that_does_not_load_is_a_fault_with_its_own_error(tmp_path: Path, code: str, reason: str) -> None:
+    before = psutil.Process().children()
     options = model_options(tmp_path, code)
     with EmbeddedServer(options) as server, pytest.raises(Fault) as raised:
         server.start()
     assert raised.value.place == str(options.log_dir / "tritonserver.log")
     assert reason in raised.value.got
     assert state(options) is None
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 @pytest.mark.triton
