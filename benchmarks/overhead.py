@@ -2,7 +2,8 @@
 
 The loop is what one writes with TorchRec's documentation at hand: an EmbeddingBagCollection with row-wise Adagrad in
 the backward pass under DistributedModelParallel, a head, Adam, and parquet shards read in a thread. It shuffles within
-a row group, logs nothing and saves nothing. Rows look like Criteo's: 26 ids, zipf, and 13 numbers.
+a row group, logs nothing and saves nothing; the trainer logs, and saves as often as `--save-every` says. Rows look like
+Criteo's: 26 ids, zipf, and 13 numbers.
 
 Each side runs as a process of its own, in turns, A B A B. The last line is a JSON object: vs_hand_written is the
 trainer's time per step over the loop's, medians over the rounds.
@@ -57,7 +58,6 @@ sharding = "table_wise"
 [train]
 epochs = 1
 log_every_steps = {FIRST_STEP}
-checkpoint_every_steps = 50
 """
 
 
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of both dense parts")
     parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--save-every", type=int, default=5000, help="steps between two checkpoints of the trainer")
     parser.add_argument("--loop", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     how = How(arguments.device, arguments.precision, arguments.batch_size)
@@ -94,7 +95,7 @@ def main() -> None:
         write_data(folder, rows=steps * how.batch_size)
         ours, theirs = [], []
         for at in range(rounds):
-            ours.append(trained(folder, at, how=how))
+            ours.append(trained(folder, at, how=how, save_every=arguments.save_every))
             theirs.append(looped(folder, how))
             print(f"round {at + 1}: trainer {1000 * ours[-1]:.1f} ms a step, hand-written {1000 * theirs[-1]:.1f} ms")
     print(json.dumps({"vs_hand_written": round(median(ours) / median(theirs), 4)}))
@@ -121,10 +122,11 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def trained(folder: Path, at: int, *, how: How) -> float:
-    """Seconds a step of `recsys train`, reading, logging and saving included; evaluation comes after."""
+def trained(folder: Path, at: int, *, how: How, save_every: int) -> float:
+    """Seconds a step of `recsys train`, reading and logging included, and saving where it is due; evaluation is not."""
     where = ["--data", str(folder / "data"), "--run", str(folder / f"run-{at}")]
-    sets = [f"train.{key}={value}" for key, value in how._asdict().items()]
+    chosen = how._asdict() | {"checkpoint_every_steps": save_every}
+    sets = [f"train.{key}={value}" for key, value in chosen.items()]
     settings = [part for value in sets for part in ("--set", value)]
     run("-m", "recsys", "train", str(folder / "overhead.toml"), *where, *settings)
     lines = [json.loads(line) for line in (folder / f"run-{at}" / "metrics.jsonl").read_text().splitlines()]
