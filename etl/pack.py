@@ -81,9 +81,10 @@ def finite(encoded: Encoded, transform: Transform, *, place: str) -> Encoded:
 
 def without_nan(array: pa.Array) -> pa.Array:
     """NaN is missing, as in the files that training reads."""
-    if not pa.types.is_floating(array.type) or not pc.any(pc.is_nan(array), min_count=0).as_py():
+    if not pa.types.is_floating(array.type):
         return array
-    return pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+    nan = pc.is_nan(array)
+    return pc.if_else(nan, pa.scalar(None, array.type), array) if pc.any(nan, min_count=0).as_py() else array
 
 
 def _float_names(transform: Transform) -> list[str]:

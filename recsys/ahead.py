@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-_AHEAD = 8
+AHEAD = 8
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items, made by a thread that stays a few ahead and ends with the reader; its error is raised here."""
-    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(_AHEAD)
+    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
     stop = threading.Event()
     thread = threading.Thread(target=_make, args=(items, made), kwargs={"stop": stop}, name="batches", daemon=True)
     thread.start()

@@ -26,7 +26,8 @@ from recsys.shards import REMEDY, RowGroup, check_ids, fill, row_groups, values_
 
 Int64s = npt.NDArray[np.int64]
 
-_WINDOW_GROUPS = 16
+WINDOW_GROUPS = 16
+"""Row groups in memory at once, and a second time while they are put side by side."""
 
 
 class Rows(NamedTuple):
@@ -142,7 +143,7 @@ class Split:
         """The rest of an epoch from the global row `start`; the order depends on seed and epoch alone."""
         order = np.random.default_rng([seed, epoch])
         groups = [self.groups[at] for at in order.permutation(len(self.groups))]
-        windows = [groups[at : at + _WINDOW_GROUPS] for at in range(0, len(groups), _WINDOW_GROUPS)]
+        windows = [groups[at : at + WINDOW_GROUPS] for at in range(0, len(groups), WINDOW_GROUPS)]
         return ahead(self._steps(_Order(windows, start=start, stop=self.rows, random=order), mine))
 
     def _stretch(self, mine: Slice) -> Iterator[Batch]:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from etl.schema import Schema
+from recsys.ahead import AHEAD
+from recsys.data import WINDOW_GROUPS
 from recsys.experiment import Experiment
 from recsys.layout import LANE
 from recsys.network import Network, build_network
 from recsys.optim import state_count
 
 GIB = 1 << 30
-_AHEAD = 8  # batches that the reading thread stays ahead
-_WINDOW_GROUPS = 16  # row groups in memory at once, and a second time while they are put side by side
 # Measured on the CPU build: interpreter, torch, torchrec, FBGEMM and pyarrow, and gloo's buffers.
 _CPU_PROCESS = int(0.42 * GIB)
 # Of CUDA these are allowances, not measurements: context and kernels, NCCL's buffers; the process on the host.
@@ -69,7 +69,7 @@ def dense_bytes(experiment: Experiment, network: Network, *, schema: Schema) -> 
         states=parameters * 4 * state_count(experiment.train),
         activations=int(few + slope * (batch_size - 8)),
         batch=batch_size * row_bytes,
-        reading=(_AHEAD * batch_size + 2 * _WINDOW_GROUPS * rows) * row_bytes,
+        reading=(AHEAD * batch_size + 2 * WINDOW_GROUPS * rows) * row_bytes,
     )
 
 

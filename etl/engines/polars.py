@@ -1,7 +1,9 @@
 """The CPU engine: fits the transform's state column by column, several at once, with narrow queries of polars."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from etl.artifact import Json
 from etl.engines.device import Device
@@ -42,35 +44,32 @@ def fit(
     fitting = Fitting(transform.parent, train=train, parent=parent, device=device)
     shared, encodings = spec.shared_tables(), {feature.name: feature for feature in spec.encodings()}
 
-    def fitted(feature: Resolved) -> tuple[Json, int]:
+    def fitted(feature: Resolved) -> tuple[Json, IdFeature | None, int]:
+        """The step; of an id feature how later stages see it, and the rows of a table of its own."""
         if isinstance(feature, Target | Count):
-            return fit_encoding(encodings[feature.name], spec.tasks, fitting=fitting), 0
+            return fit_encoding(encodings[feature.name], spec.tasks, fitting=fitting), None, 0
         if isinstance(feature, Numeric) and feature.as_ == "dense":
-            return _scale(feature, fitting), 0
-        return _id_step(feature, fitting)
+            return _scale(feature, fitting), None, 0
+        step, own_rows = _id_step(feature, fitting)
+        return step, _described(feature, step), own_rows
 
-    resolved = list(resolve(spec.features))
-    jobs = [partial(_sized, table, users=users, fitting=fitting) for table, users in shared.items()]
-    jobs += [partial(fitted, feature) for feature in resolved]
+    jobs: list[Callable[[], Any]] = [partial(fit_table, table, shared[table], fitting=fitting) for table in shared]
+    jobs += [partial(fitted, feature) for feature in resolve(spec.features)]
     done = list((in_order if device == "cpu" else map)(lambda job: job(), jobs))
-    tables = {table: rows for table, (_, rows) in zip(shared, done, strict=False)}
+    tables = dict(zip(shared, done[: len(shared)], strict=True))
     dense: list[Json] = []
     ids: list[Json] = []
     features: list[IdFeature] = []
-    for feature, (step, own_rows) in zip(resolved, done[len(shared) :], strict=True):
-        if isinstance(feature, Target | Count) or (isinstance(feature, Numeric) and feature.as_ == "dense"):
+    for step, described, own_rows in done[len(shared) :]:
+        if described is None:
             dense.append(step)
             continue
         ids.append(step)
-        features.append(_described(feature, step))
+        features.append(described)
         if own_rows:
-            tables[features[-1].table] = own_rows
+            tables[described.table] = own_rows
     rows = [Table(name=name, rows=size) for name, size in tables.items()]
     return {"version": 1, "signature": _signature(spec), "features": ids, "dense": dense}, features, rows
-
-
-def _sized(table: str, *, users: list[Looked], fitting: Fitting) -> tuple[Json, int]:
-    return {}, fit_table(table, users, fitting=fitting)
 
 
 def _scale(feature: Numeric, fitting: Fitting) -> Json:

@@ -15,6 +15,7 @@ from etl.faults import Fault
 from etl.pack import text_keys
 from etl.spec import Bag, Categorical, column_of
 from etl.spec import Sequence as History
+from etl.transform import RESERVED_KEYS
 
 Looked = Categorical | Bag | History
 
@@ -36,7 +37,8 @@ def fit_table(name: str, users: Sequence[Looked], *, fitting: Fitting) -> int:
     vocabulary, rejected = grown(_counts(users, fitting), old=old, rejected=rejected, rules=rules)
     value = vocabulary["value"]
     keys = value.to_numpy() if rules.dtype == "int64" else text_keys(value.to_arrow())
-    if rules.dtype == "string" and len(np.unique(keys)) < len(keys):
+    twice = rules.dtype == "string" and len(np.unique(keys)) < len(keys)
+    if twice or np.isin(keys, RESERVED_KEYS).any():
         remedy = "set hash_rows for this feature, where collisions are expected"
         raise Fault(f"features.{name}", got="two values with one 64-bit key", wanted="a key a value", remedy=remedy)
     row = pl.int_range(1, vocabulary.height + 1, dtype=pl.Int64, eager=True)

@@ -16,7 +16,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 
 from recsys.experiment import Embedding
 from recsys.optim import scaled, start_states, state_count, update
-from recsys.parallel.rows import Lookup, l2_of, needs_own_rows, parts_of
+from recsys.parallel.rows import l2_of, needs_own_rows, parts_of, take_over
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,7 @@ class ReplicatedRows:
         self._sum = torch.zeros(size, device=weights.device)
         self.copies = list(self._copies(kernel.config.embedding_tables, vectors, weights=weights))
         self.start()
-        lookup = tables.forward
-
-        def forward(indices: Tensor, offsets: Tensor, *rest: Any, **named: Any) -> Tensor:
-            with torch.no_grad():
-                rows_BD = lookup(indices, offsets, *rest, **named)
-            if not torch.is_grad_enabled():
-                return torch.as_tensor(rows_BD)
-
-            def backward(gradient_BD: Tensor) -> None:
-                self._move(indices, offsets, gradient_BD=gradient_BD)
-
-            return torch.as_tensor(Lookup.apply(tables.weights, rows_BD, backward))  # type: ignore[no-untyped-call]
-
-        tables.forward = forward
+        take_over(tables, tables.weights, move=self._move)
 
     def start(self) -> None:
         """States where training begins, from the weights as they are."""

@@ -7,11 +7,11 @@ gradient is ours: duplicates are added up, then `recsys.optim.update` moves the 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
@@ -71,21 +71,12 @@ class RowOptimizer:
         alike = groupby(range(len(vectors)), key=lambda at: (tables.embedding_specs[at][1], vectors[at]))
         groups = [RowGroup(tables, list(own), embedding=self._embedding, vector=kind[1]) for kind, own in alike]
         self.groups += groups
-        lookup = tables.forward
 
-        def forward(indices: Tensor, offsets: Tensor, *rest: Any, **named: Any) -> Tensor:
-            if not torch.is_grad_enabled():
-                return torch.as_tensor(lookup(indices, offsets, *rest, **named))
+        def move(indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> None:
+            for group in groups:
+                group.move(indices, offsets, gradient_BD=gradient_BD, optimizer=self)
 
-            def backward(gradient_BD: Tensor) -> None:
-                for group in groups:
-                    group.move(indices, offsets, gradient_BD=gradient_BD, optimizer=self)
-
-            with torch.no_grad():
-                rows_BD = lookup(indices, offsets, *rest, **named)
-            return torch.as_tensor(Lookup.apply(tables.placeholder_autograd_tensor, rows_BD, backward))  # type: ignore[no-untyped-call]
-
-        tables.forward = forward
+        take_over(tables, tables.placeholder_autograd_tensor, move=move)
 
     def second_beside(self, first: Tensor) -> Tensor:
         """The second states of the rows whose first states are `first`, a view of an FBGEMM module's memory."""
@@ -104,6 +95,20 @@ def hold(tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
     Their lookups still take part in the backward pass: a rank that holds frozen tables alone has to enter the exchange
     of gradients.
     """
+    take_over(tables, tables.placeholder_autograd_tensor, move=lambda indices, offsets, *, gradient_BD: None)
+
+
+class Move(Protocol):
+    """Moves rows by the gradient [B, D] of what was looked up."""
+
+    def __call__(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> None: ...
+
+
+def take_over(tables: nn.Module, anchor: Tensor, *, move: Move) -> None:
+    """Gives the backward pass of an FBGEMM module to `move`.
+
+    `anchor` is a tensor that needs a gradient, without which autograd would leave the lookup out.
+    """
     lookup = tables.forward
 
     def forward(indices: Tensor, offsets: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -111,16 +116,16 @@ def hold(tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
             rows_BD = lookup(indices, offsets, *rest, **named)
         if not torch.is_grad_enabled():
             return torch.as_tensor(rows_BD)
-        return torch.as_tensor(Lookup.apply(tables.placeholder_autograd_tensor, rows_BD, _ignore))  # type: ignore[no-untyped-call]
+
+        def backward(gradient_BD: Tensor) -> None:
+            move(indices, offsets, gradient_BD=gradient_BD)
+
+        return torch.as_tensor(_Lookup.apply(anchor, rows_BD, backward))  # type: ignore[no-untyped-call]
 
     tables.forward = forward
 
 
-def _ignore(gradient_BD: Tensor) -> None:
-    """Moves nothing."""
-
-
-class Lookup(Function):
+class _Lookup(Function):
     """Hands the gradient of looked up rows to a function that moves the rows."""
 
     @staticmethod

@@ -248,6 +248,13 @@ def host_process(folder: Path, host: str, *, hosts: dict[str, str], run: str) ->
         return subprocess.Popen([*start, *train], cwd=ROOT, env=own, stdout=log, stderr=log)
 
 
+def on_hosts(folder: Path, hosts: dict[str, str], *, run: str) -> list[subprocess.Popen[bytes]]:
+    """torchrun on each host, once the run has a checkpoint."""
+    processes = [host_process(folder, host, hosts=hosts, run=run) for host in hosts]
+    await_checkpoint(folder / run, process=processes[0])
+    return processes
+
+
 def await_name(log: Path, *, what: str) -> None:
     deadline = time.monotonic() + 20 * DEAD_AFTER_S
     while not re.search(what, log.read_text()):
@@ -258,8 +265,7 @@ def await_name(log: Path, *, what: str) -> None:
 @pytest.mark.slow
 def test_a_host_that_loses_power_is_named_and_comes_back(prepared: Path, hosts: dict[str, str]) -> None:
     left, right = hosts
-    processes = [host_process(prepared, host, hosts=hosts, run="hosts") for host in hosts]
-    await_checkpoint(prepared / "hosts", process=processes[0])
+    processes = on_hosts(prepared, hosts, run="hosts")
     lose_power(right)
     processes[1].wait()
     named = rf"rank \d on {left} .* ends, since rank \d on {right} .* has been silent"
@@ -276,8 +282,7 @@ def test_a_host_that_loses_power_is_named_and_comes_back(prepared: Path, hosts: 
 def test_the_host_of_the_rendezvous_that_loses_power_is_named(prepared: Path, hosts: dict[str, str]) -> None:
     """Its store is gone as well: nothing can be restarted but by starting torchrun on both hosts."""
     left, right = hosts
-    processes = [host_process(prepared, host, hosts=hosts, run="first-lost") for host in hosts]
-    await_checkpoint(prepared / "first-lost", process=processes[0])
+    processes = on_hosts(prepared, hosts, run="first-lost")
     lose_power(left)
     named = rf"rank \d on {right} .* ends, since .*rank \d on {left} "
     await_name(prepared / f"first-lost-{right}.log", what=named)

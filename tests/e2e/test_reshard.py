@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from recsys.checkpoint import Checkpoints, latest
 from recsys.data import Batch
 from recsys.parallel.state import read_tensors
 from recsys.parallel.world import open_world
+from recsys.placement import Sharding
 from recsys.progress import quiet_libraries
 from recsys.train import Trainer
 from tests.e2e.test_ranks import ADAGRAD, ADAM, FTRL, ROOT
@@ -29,15 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 SIZES = (1, 2, 3, 4)
 STEP_ROWS, STOP = 1032, 3
 """The epoch is five whole steps and one that is not full."""
-KINDS = (
-    "table_wise",
-    "row_wise",
-    "column_wise",
-    "table_row_wise",
-    "table_column_wise",
-    "grid_shard",
-    "data_parallel",
-)
+KINDS = tuple(kind for kind in get_args(Sharding) if kind != "auto")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "two states": ADAM | {"l2": 0.01},
     "two optimizers": ADAGRAD | {"linear": FTRL},
