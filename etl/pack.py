@@ -206,7 +206,7 @@ def _keys(array: pa.Array, *, name: str) -> Int64s:
         return text_keys(array)
     if array.null_count < len(array) and pc.min(array).as_py() in RESERVED_KEYS:
         raise ValueError(f"column '{name}' holds {pc.min(array).as_py()}, which stands for missing: send null")
-    keys: Int64s = array.fill_null(MISSING_KEY).to_numpy(zero_copy_only=False)
+    keys: Int64s = (array.fill_null(MISSING_KEY) if array.null_count else array).to_numpy(zero_copy_only=False)
     return keys
 
 

@@ -27,8 +27,8 @@ from etl.spec import Etl, FeatureSpec, Task
 from etl.splits import SPLITS
 from etl.stage import stage
 from etl.threads import in_order
-from etl.transform import Encoded, Transform
-from etl.typed import Report, Typed, of_size, typed_files
+from etl.transform import Encoded, Int64s, Transform
+from etl.typed import Report, Typed, typed_files
 
 
 def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None = None) -> Json:
@@ -112,17 +112,19 @@ def encoded_columns(encoded: Encoded, schema: Schema) -> dict[str, pa.Array]:
     values_at = len(schema.dense)
     for feature, end in zip(schema.features, schema.slot_ends, strict=True):
         ids = encoded.ids[:, end - feature.slots : end]
-        columns[feature.name] = _column(ids, filled=ids >= 0, dtype=feature.dtype)
+        columns[feature.name] = _column(ids, ids, dtype=feature.dtype)
         if feature.weighted:
             values = encoded.floats[:, values_at : values_at + feature.slots]
-            columns[f"{feature.name}:value"] = _column(values, filled=ids >= 0, dtype=feature.dtype)
+            columns[f"{feature.name}:value"] = _column(values, ids, dtype=feature.dtype)
             values_at += feature.slots
     return columns | {dense.name: pa.array(encoded.floats[:, at]) for at, dense in enumerate(schema.dense)}
 
 
-def _column(matrix: npt.NDArray[Any], *, filled: npt.NDArray[np.bool_], dtype: str) -> pa.Array:
+def _column(matrix: npt.NDArray[Any], ids: Int64s, *, dtype: str) -> pa.Array:
+    """Single values; or, where slots hold an id, lists of what the matrix holds."""
     if dtype == "int64":
         return pa.array(matrix[:, 0])
+    filled = ids >= 0
     offsets = np.concatenate([[0], np.cumsum(filled.sum(axis=1))]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
 
@@ -142,11 +144,13 @@ def _encode(
         encoded = encode(raw, first)
         columns = encoded_columns(encoded, schema)
         columns |= out_of_fold.columns(raw, first_row=first) if out_of_fold else {}
-        columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
-        return encoded, pa.table(columns | ({GROUP: batch[GROUP]} if spec.data.group else {}))
+        fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+        given = {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
+        given |= {GROUP: batch[GROUP]} if spec.data.group else {}
+        fields += [pa.field(name, column.type) for name, column in given.items()]
+        return encoded, pa.table(columns | given, schema=pa.schema(fields))
 
-    batches = of_size(rows.batches(), rows=spec.etl.rows_per_group)
-    for encoded, table in in_order(encoded_rows, _numbered(batches)):
+    for encoded, table in in_order(encoded_rows, _numbered(rows.batches())):
         missing += encoded.missing
         unseen += encoded.unseen
         shards.write(table)
@@ -165,23 +169,34 @@ def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.Recor
 
 
 class _Shards:
-    """`part-00000.parquet` and on in a new folder, each of at most `rows_per_shard` rows."""
+    """`part-00000.parquet` and on in a new folder, each of at most `rows_per_shard` rows, in full row groups."""
 
     def __init__(self, folder: Path, etl: Etl, *, finished: "_Finished") -> None:
         folder.mkdir()
         self.rows, self.folder = 0, folder
         self._etl, self._finished = etl, finished
         self._writer: pq.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []
         self._left = 0
 
     def write(self, table: pa.Table) -> None:
         while table.num_rows:
             if not self._left:
                 self._next(table.schema)
-            head, table = table.slice(0, self._left), table.slice(self._left)
-            self._writer.write_table(head, row_group_size=self._etl.rows_per_group)  # type: ignore[union-attr]
-            self._left -= head.num_rows
+            full = min(self._etl.rows_per_group, self._left)
+            head = table.slice(0, full - sum(part.num_rows for part in self._waiting))
+            table = table.slice(head.num_rows)
+            self._waiting.append(head)
             self.rows += head.num_rows
+            if sum(part.num_rows for part in self._waiting) == full:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Writes what waits as one row group."""
+        if self._waiting:
+            group, self._waiting = pa.concat_tables(self._waiting), []
+            self._writer.write_table(group, row_group_size=group.num_rows)  # type: ignore[union-attr]
+            self._left -= group.num_rows
 
     def _next(self, schema: pa.Schema) -> None:
         self.close()
@@ -189,6 +204,7 @@ class _Shards:
 
     def close(self) -> None:
         if self._writer is not None:
+            self._flush()
             self._writer.close()
             self._finished.add(self._path(self.rows - 1))
 
@@ -198,16 +214,16 @@ class _Shards:
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Ids in as few bits as each block of them needs: written in a third of a dictionary's time, and smaller."""
-    ids = [field.name for field in schema if field.type == pa.int64()]
-    ids += [f"{field.name}.list.element" for field in schema if field.type == pa.list_(pa.int64())]
+    """Ids in as few bits as each block of them needs: as small as snappy makes them, and read in a third of the time."""
+    columns = {f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name: f.type for f in schema}
+    whole = {name: pa.types.is_int64(getattr(kind, "value_type", kind)) for name, kind in columns.items()}
     return pq.ParquetWriter(
         path,
         schema,
-        compression="snappy",
+        compression={name: "none" if ids else "snappy" for name, ids in whole.items()},
         use_dictionary=False,
         write_statistics=False,
-        column_encoding=dict.fromkeys(ids, "DELTA_BINARY_PACKED"),
+        column_encoding={name: "DELTA_BINARY_PACKED" for name, ids in whole.items() if ids},
     )
 
 
