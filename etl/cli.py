@@ -3,8 +3,10 @@
 import dataclasses
 import inspect as inspection
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,10 +56,29 @@ def run(
         if up_to_date(spec, folder, parent=parent):
             print(f"{folder}: up to date")
             return
+        if spec.etl.engine == "polars":
+            _leave_pandas()
         with _Progress() as report:
             manifest = run_etl(spec, folder, report=report, parent=parent)
         rows = ", ".join(f"{split} {s['rows']:,}" for split, s in manifest["splits"].items())
         print("\n".join([f"{folder}: {rows} rows", *added_rows(manifest)]))
+
+
+class _NoPandas(MetaPathFinder):
+    """Says that pandas is not installed."""
+
+    def find_spec(self, fullname: str, *_: object) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError(fullname)
+
+
+def _leave_pandas() -> None:
+    """Pyarrow looks for pandas once, and where it is installed its import takes longer than a small job."""
+    import pyarrow as pa
+
+    sys.meta_path.insert(0, hidden := _NoPandas())
+    pa.array([])
+    sys.meta_path.remove(hidden)
 
 
 @app.command()

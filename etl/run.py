@@ -144,11 +144,10 @@ def _encode(
         encoded = encode(raw, first)
         columns = encoded_columns(encoded, schema)
         columns |= out_of_fold.columns(raw, first_row=first) if out_of_fold else {}
-        fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
-        given = {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
-        given |= {GROUP: batch[GROUP]} if spec.data.group else {}
-        fields += [pa.field(name, column.type) for name, column in given.items()]
-        return encoded, pa.table(columns | given, schema=pa.schema(fields))
+        columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
+        columns |= {GROUP: batch[GROUP]} if spec.data.group else {}
+        whole = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
+        return encoded, pa.table(columns, schema=whole)
 
     for encoded, table in in_order(encoded_rows, _numbered(rows.batches())):
         missing += encoded.missing
