@@ -1,6 +1,7 @@
 """The commands of the ETL."""
 
 import dataclasses
+import gc
 import inspect as inspection
 import json
 import sys
@@ -43,6 +44,7 @@ def run(
     A folder that was made from the same sections of the experiment and the same raw files is left as it is.
     With --extend the experiment names new training files: new values get new rows, no older row moves.
     """
+    gc.set_threshold(100_000)  # a large job makes few cycles; looking for them took a tenth of its time
     with exit_on_fault():
         from etl.experiment_file import load_feature_spec
         from etl.extend import added_rows, read_parent
