@@ -84,15 +84,19 @@ class Run:
         self.optimizer = dense_optimizer(self.model, Train(optimizer="adam", learning_rate=0.01, eps=1e-3), linear=None)
         self.task_weights_T = torch.ones(len(schema.tasks))
 
-    def step(self, step: int) -> float:
-        """The step's logloss over all ranks."""
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of a step."""
         ids_BS, floats_BN = random_rows(self.schema, ROWS, seed=50 + step)
         labels_BT = torch.randint(0, 2, (ROWS, len(self.schema.tasks)), generator=torch.Generator().manual_seed(step))
         size = ROWS // self.world.size
         own = slice(self.world.rank * size, (self.world.rank + 1) * size)
         groups_BG, real_B = torch.zeros(size, 0, dtype=torch.int64), torch.ones(size)
         labels_BT = labels_BT[own].float()
-        batch = Batch(ids_BS[own], floats_BN[own], labels_BT, groups_BG, real_B, torch.ones_like(labels_BT), ROWS)
+        return Batch(ids_BS[own], floats_BN[own], labels_BT, groups_BG, real_B, torch.ones_like(labels_BT), ROWS)
+
+    def step(self, step: int) -> float:
+        """The step's logloss over all ranks."""
+        batch = self.batch(step)
         self.sharded.begin_step(step)
         scored = self.model(batch.ids_BS, batch.floats_BN)
         logloss, loss = mean_loss(scored, batch, task_weights_T=self.task_weights_T, ranks=self.world.size)

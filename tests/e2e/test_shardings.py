@@ -5,21 +5,30 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedTensor
+from torchrec.streamable import Pipelineable
 
 from recsys.data import Batch
+from recsys.loss import mean_loss
+from recsys.network import Network
 from recsys.parallel.pipeline import IdsAhead
+from recsys.parallel.scatter import Scatter
 from recsys.parallel.state import restore, save
-from recsys.parallel.world import World, open_world
+from recsys.parallel.world import World, average_gradients, mean_over_ranks, open_world
 from recsys.progress import quiet_libraries
-from tests.e2e.test_ranks import ADAGRAD, ADAM, AFTER, BEFORE, FTRL, ROWS, Run
-from tests.registry import config_of, random_rows, rich_schema
+from tests.e2e.test_ranks import ADAGRAD, ADAM, AFTER, BEFORE, FTRL, Run
+from tests.registry import config_of, rich_schema
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
@@ -39,6 +48,7 @@ CASES = [
     for name, kind in product(OPTIMIZERS, KINDS)
     if not (name == "fused, a state a row" and kind in ("column_wise", "grid_shard"))
 ]
+PIPED = ("row_wise", "table_wise", "data_parallel")
 NARROW: dict[str, dict[str, Any]] = {
     "whole": ADAGRAD | {"sharding": "row_wise"},
     "fp16, fused": ADAGRAD | {"sharding": "row_wise", "precision": "fp16"},
@@ -79,31 +89,112 @@ def narrow(world: World) -> dict[str, list[float]]:
     return {name: [run.step(s) for s in BEFORE] for name, own in NARROW.items() for run in [run_of(own, world, seed=1)]}
 
 
-def ahead(world: World, *, shift: int = 0) -> list[list[float]]:
-    """Losses with ids sent ahead, which are those of other steps where `shift` is not 0."""
+def ahead(world: World, *, shift: int = 0) -> list[Any]:
+    """Losses and tables with ids sent ahead, which are those of other steps where `shift` is not 0."""
     found = []
-    for kind in ("row_wise", "table_wise", "data_parallel"):
+    for kind in PIPED:
         run = run_of(ADAM | {"sharding": kind}, world, seed=1)
-        size = ROWS // world.size
-        own = slice(world.rank * size, (world.rank + 1) * size)
-        rows = [random_rows(run.schema, ROWS, seed=50 + step + shift) for step in BEFORE]
-        batches = [Batch(ids[own], floats[own], *[torch.ones(size, 1)] * 4, ROWS) for ids, floats in rows]
+        batches = [replace(run.batch(step), ids_BS=run.batch(step + shift).ids_BS) for step in BEFORE]
         sent = IdsAhead(run.sharded).batches(iter(batches))
-        found.append([run.step(step) for _, step in zip(sent, BEFORE, strict=True)])
+        losses = [run.step(step) for _, step in zip(sent, BEFORE, strict=True)]
+        found.append((losses, tables_of(run)))
         assert torch.isfinite(run.logits()).all()
     return found
 
 
-def at_once(world: World) -> list[list[float]]:
-    runs = [run_of(ADAM | {"sharding": kind}, world, seed=1) for kind in ("row_wise", "table_wise", "data_parallel")]
-    return [[run.step(step) for step in BEFORE] for run in runs]
+def at_once(world: World) -> list[Any]:
+    runs = [run_of(ADAM | {"sharding": kind}, world, seed=1) for kind in PIPED]
+    return [([run.step(step) for step in BEFORE], tables_of(run)) for run in runs]
+
+
+def tables_of(run: Run) -> dict[str, list[Any]]:
+    """What this rank holds of tables and states, bit for bit."""
+    return {name: [(row, part.tolist()) for row, part in parts] for name, parts in run.held()["shards"].items()}
+
+
+class Piped(nn.Module):
+    """The network as torchrec's pipeline takes it: the tables look up an attribute of what `forward` is given."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        network = run.model.module
+        self.tables, self.rest = network.tables, Rest(network, run.task_weights_T, ranks=run.world.size)
+
+    def forward(self, given: "Looked") -> tuple[Tensor, Tensor]:
+        loss, logloss = self.rest(self.tables(given.lookups), given)
+        return loss, logloss
+
+
+class Rest(nn.Module):
+    """What follows the lookup; its own module, into which torch.fx does not look."""
+
+    def __init__(self, network: Network, task_weights_T: Tensor, *, ranks: int) -> None:
+        super().__init__()
+        self.network, self.task_weights_T, self.ranks = [network], task_weights_T, ranks
+
+    def forward(self, pooled: Any, given: "Looked") -> tuple[Tensor, Tensor]:
+        (network,), batch = self.network, given.batch
+        rows_BD = network._in_order(pooled)
+        scored = network.score(rows_BD, ids_BS=batch.ids_BS, floats_BN=batch.floats_BN)
+        logloss, loss = mean_loss(scored, batch, task_weights_T=self.task_weights_T, ranks=self.ranks)
+        return loss, logloss.detach()
+
+
+@dataclass
+class Looked(Pipelineable):
+    """A batch and the ids of its lookup."""
+
+    batch: Batch
+    lookups: KeyedJaggedTensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Looked":
+        return self
+
+    def record_stream(self, stream: torch.Stream) -> None: ...
+
+
+def by_torchrec(world: World) -> list[Any]:
+    """What `at_once` finds, by torchrec's own pipeline on the same sharded tables."""
+    found = []
+    for kind in PIPED:
+        run = run_of(ADAM | {"sharding": kind}, world, seed=1)
+        dense = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+        run.optimizer.register_step_pre_hook(lambda *given, dense=dense: average_gradients(dense))
+        pipeline = TrainPipelineSparseDist(Piped(run), run.optimizer, world.device)
+        batches = [run.batch(step) for step in BEFORE]
+        given = iter([Looked(batch, run.model.module.lookups(batch.ids_BS)) for batch in batches])
+        losses = []
+        for step in BEFORE:
+            run.sharded.begin_step(step)
+            losses.append(mean_over_ranks(pipeline.progress(given)))
+        pipeline.detach()
+        found.append((losses, tables_of(run)))
+    return found
+
+
+def check_scatter(world: World) -> None:
+    """Uneven batches of the ranks, against collectives over all."""
+    rows, width, group = [3, 2], 5, dist.group.WORLD
+    generator = torch.Generator().manual_seed(world.rank)
+    sums_GD = torch.randn(sum(rows), width, generator=generator, requires_grad=True)
+    weights_BD = torch.randn(rows[world.rank], width, generator=generator)
+    total_BD = Scatter(group)(sums_GD, input_splits=rows).wait()
+    (total_BD * weights_BD).sum().backward()
+    wanted_GD, gradients = sums_GD.detach().clone(), [torch.empty(size, width) for size in rows]
+    dist.all_reduce(wanted_GD)
+    assert torch.equal(total_BD, wanted_GD.split(rows)[world.rank])
+    for rank, gradient_BD in enumerate(gradients):
+        gradient_BD.copy_(weights_BD if rank == world.rank else 0)
+        dist.broadcast(gradient_BD, src=rank)
+    assert torch.equal(torch.as_tensor(sums_GD.grad), torch.cat(gradients) / world.size)
 
 
 def on_a_rank(folder: Path) -> None:
     quiet_libraries()
     with open_world("cpu") as world:
         found = (moved(folder, world, saved_by=None), moved(folder, world, saved_by=1), narrow(world))
-        assert ahead(world) == at_once(world) != ahead(world, shift=7)
+        check_scatter(world)
+        assert at_once(world) == ahead(world) == by_torchrec(world) != ahead(world, shift=7)
         torch.save(found, folder / f"found-{world.rank}.pt")
 
 
@@ -139,6 +230,10 @@ def test_a_checkpoint_of_any_sharding_loads_into_any_other(tmp_path: Path, world
         assert less[name] == pytest.approx(losses, abs=2e-3), name
     for name, full in (("fp16, fused", "whole"), ("fp16, own rows", "own rows"), ("fp16 sent", "whole")):
         assert less[name] == pytest.approx(less[full], abs=5e-3) and less[name] != less[full], name
+
+
+def test_a_lone_process_learns_the_same_with_ids_sent_ahead(world: World) -> None:
+    assert at_once(world) == ahead(world) == by_torchrec(world) != ahead(world, shift=7)
 
 
 def test_fp16_tables_are_kept_in_two_bytes(world: World) -> None:
