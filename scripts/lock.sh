@@ -18,7 +18,7 @@ trap 'rm -rf "$scratch"' EXIT
 for version in 3.11 3.12; do
     if [ -f "$lock" ]; then cp "$lock" "$scratch/$version.lock"; fi    # uv keeps the pins it finds there
     uv pip compile pyproject.toml requirements/cpu.in \
-        --extra dev --extra k8s --extra nvtabular \
+        --extra dev --extra k8s --extra nvtabular --extra tensorboard \
         --override requirements/overrides.txt \
         --python-platform x86_64-manylinux_2_35 --python-version "$version" \
         --generate-hashes --no-annotate \

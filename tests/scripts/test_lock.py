@@ -7,6 +7,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
+EXTRAS = ("dev", "k8s", "tensorboard")
 
 
 def locked() -> dict[str, str]:
@@ -17,7 +18,8 @@ def locked() -> dict[str, str]:
 
 def test_the_lock_holds_every_dependency_within_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    extras = [text for name in EXTRAS for text in project["optional-dependencies"][name]]
+    wanted = [Requirement(text) for text in project["dependencies"] + extras]
     pins = locked()
     for requirement in wanted:
         if requirement.name != "torch":
