@@ -20,6 +20,7 @@ from torchrec.optim import RowWiseAdagrad, apply_optimizer_in_backward
 from etl.faults import Fault
 from recsys.experiment import Embedding
 from recsys.network import Network, init_rows
+from recsys.parallel.cached import Cached, is_cached
 from recsys.parallel.plan import too_large
 from recsys.parallel.replicated import ReplicatedRows
 from recsys.parallel.rows import RowOptimizer, hold, needs_own_rows
@@ -39,11 +40,12 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 @dataclass(frozen=True)
 class Sharded:
     """The network over all ranks; `rows` moves its tables where FBGEMM's fused optimizers do not, `replicated` those
-    that each rank has a copy of."""
+    that each rank has a copy of; `cached` are those behind a cache."""
 
     model: DistributedModelParallel
     rows: RowOptimizer | None
     replicated: tuple[ReplicatedRows, ...] = ()
+    cached: tuple[Cached, ...] = ()
 
     def begin_step(self, step: int) -> None:
         """Says which step comes, counted from 1."""
@@ -63,6 +65,11 @@ class Sharded:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * factor
         self.model.fused_optimizer.step()  # hands the rate on: the update itself is in the backward pass
+
+    def rows_were_loaded(self) -> None:
+        """Says that what lies behind caches was written anew."""
+        for cached in self.cached:
+            cached.forget()
 
     def replicated_states(self, which: int) -> dict[str, Tensor]:
         """The first (0) or second (1) optimizer state of each data_parallel table that has it, of the shape that a
@@ -160,7 +167,8 @@ def _with_optimizers(model: DistributedModelParallel, embedding: Embedding, *, v
             rows.attach(kernel.emb_module, [_vector_of(table, vectors[table.name]) for table in shards])
         else:
             _start_accumulators(kernel.emb_module, embedding)
-    return Sharded(model, rows, tuple(replicated))
+    cached = tuple(Cached(kernel.emb_module) for kernel in _kernels(model) if is_cached(kernel.emb_module))
+    return Sharded(model, rows, tuple(replicated), cached)
 
 
 def _kernels(model: nn.Module) -> Iterator[Any]:

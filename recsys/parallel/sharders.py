@@ -189,8 +189,13 @@ def _constraint(config: EmbeddingBagConfig, embedding: Embedding, *, hardware: H
         compute_kernels=_kernels(own, embedding, place=config.name, device=hardware.device),
         min_partition=own.column_width or _column_width(own, width=width, hardware=hardware),
         pooling_factors=[1.0] * len(config.feature_names),  # a slot has one id or none
-        cache_params=CacheParams(load_factor=own.cache_share) if hardware.device == "cuda" else None,
+        cache_params=_cache(own) if hardware.device == "cuda" else None,
     )
+
+
+def _cache(own: Resolved) -> CacheParams:
+    """`prefetch_pipeline`: rows may come into the cache before the step that comes first has moved them."""
+    return CacheParams(load_factor=own.cache_share, prefetch_pipeline=True)
 
 
 def _types(own: Resolved, embedding: Embedding, *, config: EmbeddingBagConfig, hardware: Hardware) -> list[str]:

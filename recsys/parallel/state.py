@@ -48,6 +48,7 @@ def save(folder: Path, sharded: Sharded, *, optimizer: Optimizer) -> None:
 def restore(folder: Path, sharded: Sharded, *, optimizer: Optimizer) -> None:
     """Loads what `save` wrote into the model and the optimizers, in place, whatever the sharding was."""
     load_state(_state(sharded, optimizer), checkpoint_id=folder)
+    sharded.rows_were_loaded()
 
 
 def restore_unsharded(folder: Path, network: nn.Module) -> None:
@@ -58,6 +59,7 @@ def restore_unsharded(folder: Path, network: nn.Module) -> None:
 def restore_weights(folder: Path, sharded: Sharded) -> None:
     """Loads the weights alone, into however many ranks there are."""
     load_state({"model": sharded.model.state_dict()}, checkpoint_id=folder)
+    sharded.rows_were_loaded()
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -98,6 +100,7 @@ def restore_parts(folder: Path, names: Iterable[str], *, sharded: Sharded, optim
     into = {name: list(_parts(value)) for name, value in state.items() if name in wanted}
     planner = _Parts(into, saved=metadata.state_dict_metadata)
     reader.read_data(planner.create_local_plan(), planner).wait()
+    sharded.rows_were_loaded()
 
 
 class _Parts(DefaultLoadPlanner):

@@ -82,7 +82,7 @@ class Run:
         self.sharded = shard(network_of(config, schema, dim=8, std=0.1), settings, world=world, seed=seed)
         self.model = self.sharded.model.train()
         self.optimizer = dense_optimizer(self.model, Train(optimizer="adam", learning_rate=0.01, eps=1e-3), linear=None)
-        self.task_weights_T = torch.ones(len(schema.tasks))
+        self.task_weights_T = torch.ones(len(schema.tasks), device=world.device)
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of a step."""
@@ -96,7 +96,7 @@ class Run:
 
     def step(self, step: int) -> float:
         """The step's logloss over all ranks."""
-        batch = self.batch(step)
+        batch = self.batch(step).to(self.world.device)
         self.sharded.begin_step(step)
         scored = self.model(batch.ids_BS, batch.floats_BN)
         logloss, loss = mean_loss(scored, batch, task_weights_T=self.task_weights_T, ranks=self.world.size)
@@ -110,7 +110,7 @@ class Run:
         ids_BS, floats_BN = random_rows(self.schema, 7, seed=99)
         self.model.eval()
         with torch.no_grad():
-            return self.model(ids_BS, floats_BN).logits_BT
+            return self.model(ids_BS.to(self.world.device), floats_BN.to(self.world.device)).logits_BT
 
     def held(self) -> dict[str, Any]:
         """This rank's shards of tables and states by their first row, and the head."""

@@ -11,8 +11,10 @@ from etl.artifact import Json
 from recsys.evaluate import evaluate
 from recsys.experiment import Embedding, Experiment
 from recsys.models import MODELS
+from recsys.parallel.pipeline import IdsAhead
 from recsys.parallel.world import open_world
 from recsys.train import train
+from tests.e2e.test_ranks import Run
 from tests.recsys.test_rows import OPTIMIZERS, Trained
 from tests.registry import config_of, rich_schema
 
@@ -90,3 +92,48 @@ def test_a_run_goes_on_where_it_was_killed(
     rest = train(settings, data=dataset, run=tmp_path / "cut", report=lambda record: None)
     assert rest["steps"] == whole["steps"]
     assert rest["test"]["auc"] == pytest.approx(whole["test"]["auc"], abs=1e-4)
+
+
+def cached_losses(*, placement: str, ahead: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of steps whose caches hold a few rows of each table, with an evaluation after every other step."""
+    embedding = OPTIMIZERS["rowwise_adagrad"] | {"placement": placement, "cache_share": 0.1}
+    with open_world("cuda") as world:
+        run = Run(config_of("deepfm", hidden=[8]), embedding, schema=rich_schema(), world=world, seed=1)
+        assert bool(run.sharded.cached) == (placement == "uvm_caching")
+        batches = [run.batch(step) for step in range(1, 4 * STEPS)]
+        taken = IdsAhead(run.sharded).batches(iter(batches)) if ahead else iter(batches)
+        losses = []
+        for step, _ in enumerate(taken, start=1):
+            losses.append(run.step(step))
+            if step % 2:
+                run.logits()
+                run.model.train()
+        return losses, {name: part for name, parts in run.held()["shards"].items() for _, part in parts}
+
+
+def test_rows_fetched_ahead_into_the_cache_are_those_without_and_those_of_gpu_memory() -> None:
+    found = [
+        cached_losses(placement=placement, ahead=ahead)
+        for placement, ahead in (("hbm", False), ("uvm_caching", False), ("uvm_caching", True))
+    ]
+    for losses, tables in found[1:]:
+        assert losses == pytest.approx(found[0][0], rel=1e-5)
+        for name, rows in found[0][1].items():
+            torch.testing.assert_close(tables[name].cpu(), rows.cpu(), rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_run_behind_a_cache_evaluates_saves_and_ends_as_one_in_gpu_memory(
+    dataset: Path, tmp_path: Path, experiment: Callable[..., Experiment]
+) -> None:
+    """The best weights, loaded at the end, are not hidden by those of the last step in the cache."""
+    results = []
+    for placement in ("hbm", "uvm_caching"):
+        settings = experiment(
+            train={"device": "cuda", "epochs": 2, "eval_every_steps": 7, "checkpoint_every_steps": 5},
+            embedding={"placement": placement, "cache_share": 0.1},
+        )
+        results.append(train(settings, data=dataset, run=tmp_path / placement, report=lambda record: None))
+    in_memory, cached = results
+    assert cached["best_step"] == in_memory["best_step"]
+    assert cached["test"]["auc"] == pytest.approx(in_memory["test"]["auc"], abs=1e-4)
+    assert cached["test"]["logloss"] == pytest.approx(in_memory["test"]["logloss"], rel=1e-4)

@@ -14,8 +14,9 @@ from etl.faults import Fault, Faults
 from etl.schema import Schema, Table
 from recsys.cli import app
 from recsys.learner import Learner
+from recsys.network import build_network
 from recsys.parallel.plan import Plan, make_plan
-from recsys.parallel.sharders import Hardware
+from recsys.parallel.sharders import Hardware, planner_of, sharder_of
 from recsys.parallel.world import open_world
 from recsys.plan import GIB, as_json, as_text, schema_for, write_picture
 from recsys.plan_options import PlanOptions
@@ -127,6 +128,19 @@ def test_a_plan_at_its_limit_fits_and_one_rank_less_does_not() -> None:
 def test_a_batch_that_does_not_fit_is_told_apart_from_tables_that_do_not() -> None:
     with pytest.raises(Fault, match=r"lower train\.batch_size"):
         make_plan(experiment(train={"batch_size": 200_000_000}), SCHEMA, hardware=H100S)
+
+
+def test_caches_are_planned_for_rows_that_are_fetched_ahead() -> None:
+    """Without that FBGEMM would bring a step's update to the places where the rows were before the fetch."""
+    behind = {"placement": "uvm_caching", "cache_share": 0.3}
+    chosen = experiment(embedding=ADAGRAD | behind, train={"device": "cuda"})
+    network = build_network(chosen, SCHEMA, table_device="meta")
+    planner = planner_of(network.tables, chosen.embedding, hardware=H100S, batch_size=256)
+    tables = planner.plan(network, [sharder_of(chosen.embedding, "cuda")]).plan["tables"]
+    assert tables.keys() == {"user", "item", "pair"}
+    for table in tables.values():
+        assert table.compute_kernel == "fused_uvm_caching"
+        assert table.cache_params.load_factor == 0.3 and table.cache_params.prefetch_pipeline
 
 
 def test_the_planner_s_choice_does_not_depend_on_the_process(tmp_path: Path) -> None:
