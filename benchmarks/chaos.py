@@ -164,10 +164,13 @@ def start(place: Place, name: str) -> list[Process]:
 
 
 def wait(ranks: list[Process], patience: float) -> int:
-    """How many did not end in time; these are killed."""
-    deadline, hanging = time.monotonic() + patience, 0
+    """How many did not end in time; these are killed. The seconds are those in which this process ran itself: one that
+    was stopped for a while, with the ranks, would find all of them late."""
+    hanging = 0
     for rank in ranks:
-        rank.join(max(0.0, deadline - time.monotonic()))
+        while rank.is_alive() and patience > 0:
+            rank.join(min(1.0, patience))
+            patience -= 1.0
         if rank.is_alive():
             hanging += 1
             rank.kill()
