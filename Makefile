@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint cudf fmt cov bench chaos clean
+.PHONY: help setup demo test test-long lint cudf fmt cov bench sharding chaos clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON_VENV := .venv/bin/python
@@ -59,6 +59,9 @@ bench: setup  ## run every benchmark in its quick form
 	    $(PYTHON_VENV) "$$script" --quick || exit 1; \
 	done; \
 	[ -n "$$found" ] || echo "benchmarks/: no scripts yet, nothing to run"
+
+sharding: setup  ## losses of every sharding on 1, 2 and 4 ranks against one process, and what two ranks cost
+	@$(PYTHON_VENV) benchmarks/sharding.py $(ARGS)
 
 chaos: setup  ## kill training 100 times at random: the same end each time, and nothing hangs (about 15 minutes)
 	@$(PYTHON_VENV) benchmarks/chaos.py $(ARGS)

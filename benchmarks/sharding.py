@@ -28,6 +28,7 @@ from torch import Tensor
 
 from etl.experiment_file import parse
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
+from recsys.clock import Clock
 from recsys.data import Batch
 from recsys.experiment import Experiment, Train
 from recsys.learner import dense_optimizer
@@ -217,7 +218,8 @@ def step_seconds(sharding: str, *, rounds: int) -> dict[str, float]:
     with open_world("cpu") as world:
         run = Ranks(experiment, schema, world=world, bf16=slow_precision(Train(precision="bf16")) is None)
         batches = [rank_batch(schema, 4096, step=at, rank=world.rank, ranks=world.size) for at in range(4)]
-        sides: dict[str, Any] = {"plain": iter} | ({"ahead": IdsAhead(run.sharded).batches} if world.size > 1 else {})
+        ahead: Any = IdsAhead(run.sharded, clock=Clock()).batches
+        sides = {"plain": iter, "ahead": ahead} if world.size > 1 else {"plain": iter}
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for turn, (side, taken) in product(range(TURNS), sides.items()):
             ends = []
@@ -234,8 +236,8 @@ def on_ranks(ranks: int, *, threads: int, arguments: list[str]) -> Any:
         out = Path(folder) / "found.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        worker = [*command, __file__, "--worker", str(out), *arguments]
-        done = subprocess.run(worker, env=environment, capture_output=True, text=True, check=False)
+        command += [__file__, "--worker", str(out), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{ranks} ranks: {done.stderr[-4000:]}")
         return json.loads(out.read_text())
@@ -283,10 +285,8 @@ def main() -> None:
     if options.worker:
         if os.environ["WORLD_SIZE"] == "4":
             os.environ["LOCAL_WORLD_SIZE"] = "2"
-        if options.cost:
-            found: Any = step_seconds(options.cost, rounds=options.steps)
-        else:
-            found = losses_on_ranks(options.steps)
+        kind, n = options.cost, options.steps
+        found: Any = step_seconds(kind, rounds=n) if kind else losses_on_ranks(n)
         if os.environ["RANK"] == "0":
             options.worker.write_text(json.dumps(found))
         return

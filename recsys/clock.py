@@ -33,8 +33,8 @@ class Clock:
     def watch(self, *, tables: nn.Module, head: nn.Module) -> None:
         """Laps where a training step goes from tables to head and back.
 
-        "forward" ends before the lookup, "lookup" holds the exchange of ids and rows between ranks too, "backward" ends
-        at the looked up rows; what comes after that is "sparse".
+        "forward" ends before the lookup, "backward" at the looked up rows; what comes after that is "sparse", where
+        gradients go to the ranks that hold the rows. What several ranks wait in a lookup is "comm" (`IdsAhead`).
         """
         tables.register_forward_pre_hook(self._at_tables)
         head.register_forward_pre_hook(self._at_head)

@@ -75,8 +75,8 @@ class Trainer:
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
         self.mine = Slice(world.rank, world.size, self.settings.batch_size * self.settings.accumulate)
         self.learner = Learner(experiment, schema, world=world)
-        sharded = self.learner.sharded
-        self.ids_ahead = IdsAhead(sharded) if world.size > 1 or sharded.cached else None
+        sharded, clock = self.learner.sharded, self.learner.clock
+        self.ids_ahead = IdsAhead(sharded, clock=clock) if world.size > 1 or sharded.cached else None
         self.guard = LossGuard(self.learner, schema, rows=self.splits["train"], run=self.run)
         self.events: EventFile | None = None
         self._loss, self._saved_step = torch.zeros((), device=world.device), -1

@@ -13,6 +13,7 @@ import torch
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.types import NoWait
 
+from recsys.clock import Clock
 from recsys.data import Batch
 from recsys.parallel.shard import Sharded
 
@@ -20,7 +21,9 @@ from recsys.parallel.shard import Sharded
 class IdsAhead:
     """Takes over the tables' forward pass in training; without a batch sent ahead it is torchrec's own."""
 
-    def __init__(self, sharded: Sharded) -> None:
+    def __init__(self, sharded: Sharded, *, clock: Clock) -> None:
+        """`clock` laps "comm" where this rank waits for ids or rows of others."""
+        self._clock = clock
         self._network: Any = sharded.model.module
         self._tables = self._network.tables
         self._lookup = self._tables.forward
@@ -79,9 +82,13 @@ class IdsAhead:
             return self._lookup(lookups)
         context, sent = self._sent
         self._sent, ids = None, self._arrived(context, sent)
+        self._clock.lap("comm")
         if self._aside:
             torch.cuda.current_stream().wait_stream(self._aside)
         pooled = self._tables.compute_and_output_dist(context, ids)
         if self._next is not None:
             self._send(self._next)
-        return pooled
+        self._clock.lap("lookup")
+        in_place = pooled.wait()
+        self._clock.lap("comm")
+        return in_place

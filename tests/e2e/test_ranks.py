@@ -35,12 +35,11 @@ ROOT = Path(__file__).parents[2]
 ROWS = 12
 BEFORE, AFTER = (1, 2, 3), (4, 5)
 WORKER = """
+import importlib
 import sys
 from pathlib import Path
 
-from tests.e2e import test_ranks
-
-getattr(test_ranks, sys.argv[1])(Path(sys.argv[2]))
+getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(Path(sys.argv[3]))
 """
 ADAM = {"optimizer": "adam", "learning_rate": 0.05, "eps": 1e-3}
 MOMENTUM = {"optimizer": "momentum", "learning_rate": 0.1}
@@ -192,14 +191,20 @@ def checkpoints_on_a_rank(folder: Path) -> None:
 
 def on_two_ranks(function: str, folder: Path) -> list[Any]:
     """What each rank found."""
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), function]
-    search = {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*line, str(folder)], cwd=ROOT, env=os.environ | search, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-8000:]
+    run_on_two_ranks(__name__, function, folder=folder)
     what = function.split("_")[0]
     return [torch.load(folder / f"{what}-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def run_on_two_ranks(module: str, function: str, *, folder: Path) -> None:
+    """A test module's function, called with the folder on each rank."""
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), module]
+    search = {"PYTHONPATH": str(ROOT)}
+    line += [function, str(folder)]
+    done = subprocess.run(line, cwd=ROOT, env=os.environ | search, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-8000:]
 
 
 @pytest.fixture

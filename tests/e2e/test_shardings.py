@@ -1,7 +1,6 @@
 """Every sharding type gives the losses of one process; a checkpoint of any loads into any other; less than fp32."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardedTensor
 from torchrec.streamable import Pipelineable
 
+from recsys.clock import Clock
 from recsys.data import Batch
 from recsys.loss import mean_loss
 from recsys.network import Network
@@ -27,15 +27,12 @@ from recsys.parallel.scatter import Scatter
 from recsys.parallel.state import restore, save
 from recsys.parallel.world import World, average_gradients, mean_over_ranks, open_world
 from recsys.progress import quiet_libraries
-from tests.e2e.test_ranks import ADAGRAD, ADAM, AFTER, BEFORE, FTRL, Run
+from tests.e2e.test_ranks import ADAGRAD, ADAM, AFTER, BEFORE, FTRL, Run, run_on_two_ranks
 from tests.registry import config_of, rich_schema
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 ROOT = Path(__file__).parents[2]
-WORKER = (
-    "import sys; from pathlib import Path; from tests.e2e import test_shardings as t; t.on_a_rank(Path(sys.argv[1]))"
-)
 KINDS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard", "data_parallel")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fused, a state a weight": ADAGRAD,
@@ -95,7 +92,7 @@ def ahead(world: World, *, shift: int = 0) -> list[Any]:
     for kind in PIPED:
         run = run_of(ADAM | {"sharding": kind}, world, seed=1)
         batches = [replace(run.batch(step), ids_BS=run.batch(step + shift).ids_BS) for step in BEFORE]
-        sent = IdsAhead(run.sharded).batches(iter(batches))
+        sent = IdsAhead(run.sharded, clock=Clock()).batches(iter(batches))
         losses = [run.step(step) for _, step in zip(sent, BEFORE, strict=True)]
         found.append((losses, tables_of(run)))
         assert torch.isfinite(run.logits()).all()
@@ -216,11 +213,7 @@ def test_losses_do_not_depend_on_the_sharding() -> None:
 
 def test_a_checkpoint_of_any_sharding_loads_into_any_other(tmp_path: Path, world: World) -> None:
     one = moved(tmp_path, world, saved_by=None)
-    (tmp_path / "worker.py").write_text(WORKER)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line += [str(tmp_path / "worker.py"), str(tmp_path)]
-    done = subprocess.run(line, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-8000:]
+    run_on_two_ranks(__name__, "on_a_rank", folder=tmp_path)
     two, from_one, less = torch.load(tmp_path / "found-0.pt", weights_only=False)
     from_two = moved(tmp_path, world, saved_by=2)
     for case, losses in one.items():

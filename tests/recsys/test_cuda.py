@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from etl.artifact import Json
+from recsys.clock import Clock
 from recsys.evaluate import evaluate
 from recsys.experiment import Embedding, Experiment
 from recsys.models import MODELS
@@ -101,7 +102,7 @@ def cached_losses(*, placement: str, ahead: bool) -> tuple[list[float], dict[str
         run = Run(config_of("deepfm", hidden=[8]), embedding, schema=rich_schema(), world=world, seed=1)
         assert bool(run.sharded.cached) == (placement == "uvm_caching")
         batches = [run.batch(step) for step in range(1, 4 * STEPS)]
-        taken = IdsAhead(run.sharded).batches(iter(batches)) if ahead else iter(batches)
+        taken = IdsAhead(run.sharded, clock=Clock()).batches(iter(batches)) if ahead else iter(batches)
         losses = []
         for step, _ in enumerate(taken, start=1):
             losses.append(run.step(step))

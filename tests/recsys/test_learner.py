@@ -1,6 +1,6 @@
 """Updates: a step of several batches is the step of one large batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from recsys.data import Slice, Split
 from recsys.experiment import Experiment
 from recsys.learner import Learner
 from recsys.parallel.state import snapshot
-from recsys.parallel.world import open_world
+from recsys.parallel.world import World, open_world
+from tests.recsys.conftest import SCHEMA, experiment
 
 pytestmark = pytest.mark.usefixtures("quiet")
 STEP_ROWS, LAST_ROWS = 256, 300
@@ -45,28 +46,34 @@ def flat(value: Any, name: str = "") -> dict[str, Tensor]:
     return {name: value.local_shards()[0].tensor if isinstance(value, ShardedTensor) else value}
 
 
-def learnt(experiment: Experiment, schema: Schema, *, data: Path) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights and states after the last two steps of an epoch, and the losses."""
+def learnt(
+    experiment: Experiment, schema: Schema, *, data: Path, world: World
+) -> tuple[dict[str, Tensor], list[float]]:
+    """This rank's weights and states after the last two steps of an epoch, and its losses."""
     split = Split(data / "train", schema)
-    with open_world("cpu") as world:
-        learner = Learner(experiment, schema, world=world)
-        mine = Slice(0, 1, STEP_ROWS)
-        batches = list(split.shuffled(mine, seed=1, epoch=0, start=split.rows - LAST_ROWS))
-        losses = [learner.update(b, step=at, guard=lambda s, b: None) for at, b in enumerate(batches, start=1)]
-        assert [batch.global_rows for batch in batches] == [STEP_ROWS, LAST_ROWS - STEP_ROWS]
-        return flat(snapshot(learner.sharded, optimizer=learner.optimizer)), [float(loss) for loss in losses]
+    learner = Learner(experiment, schema, world=world)
+    mine = Slice(world.rank, world.size, STEP_ROWS // world.size)
+    batches = list(split.shuffled(mine, seed=1, epoch=0, start=split.rows - LAST_ROWS))
+    losses = [learner.update(b, step=at, guard=lambda s, b: None) for at, b in enumerate(batches, start=1)]
+    assert [batch.global_rows for batch in batches] == [STEP_ROWS, LAST_ROWS - STEP_ROWS]
+    return flat(snapshot(learner.sharded, optimizer=learner.optimizer)), [float(loss) for loss in losses]
 
 
-@pytest.mark.parametrize(("rows", "dense"), CASES, ids=[name for name, _ in CASES])
-def test_several_batches_are_one_large_batch(
-    dataset: Path, experiment: Callable[..., Experiment], schema: Schema, rows: str, dense: dict[str, Any]
-) -> None:
-    shared = {"embedding": SETTINGS[rows] | {"l2": 1e-3 if rows == "adam" else 0.0}, "model": {"keep_prob": 1.0}}
-    one = experiment(train=dense | {"batch_size": STEP_ROWS}, **shared)
-    several = experiment(train=dense | {"batch_size": STEP_ROWS // 4, "accumulate": 4}, **shared)
-    (wanted, losses), (found, parts) = (learnt(which, schema, data=dataset) for which in (one, several))
+def compare(rows: str, dense: dict[str, Any], *, data: Path, world: World) -> None:
+    """A step in four parts, and one of the same rows at once: losses, weights and states."""
+    embedding = SETTINGS[rows] | {"l2": 1e-3 if rows == "adam" else 0.0, "sharding": "row_wise"}
+    shared, of_rank = {"embedding": embedding, "model": {"keep_prob": 1.0}}, STEP_ROWS // world.size
+    one = experiment(train=dense | {"batch_size": of_rank}, **shared)
+    several = experiment(train=dense | {"batch_size": of_rank // 4, "accumulate": 4}, **shared)
+    (wanted, losses), (found, parts) = (learnt(which, SCHEMA, data=data, world=world) for which in (one, several))
     assert parts == pytest.approx(losses, abs=1e-6)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
     assert any(tensor.any() for name, tensor in wanted.items() if name.startswith("/tables")) or rows == "sgd"
+
+
+@pytest.mark.parametrize(("rows", "dense"), CASES, ids=[name for name, _ in CASES])
+def test_several_batches_are_one_large_batch(dataset: Path, rows: str, dense: dict[str, Any]) -> None:
+    with open_world("cpu") as world:
+        compare(rows, dense, data=dataset, world=world)
