@@ -87,26 +87,28 @@ def narrow(world: World) -> dict[str, list[float]]:
 
 
 def ahead(world: World, *, shift: int = 0) -> list[Any]:
-    """Losses and tables with ids sent ahead, which are those of other steps where `shift` is not 0."""
+    """Losses and weights with ids sent ahead, which are those of other steps where `shift` is not 0."""
     found = []
     for kind in PIPED:
         run = run_of(ADAM | {"sharding": kind}, world, seed=1)
         batches = [replace(run.batch(step), ids_BS=run.batch(step + shift).ids_BS) for step in BEFORE]
         sent = IdsAhead(run.sharded, clock=Clock()).batches(iter(batches))
         losses = [run.step(step) for _, step in zip(sent, BEFORE, strict=True)]
-        found.append((losses, tables_of(run)))
+        found.append((losses, held_by(run)))
         assert torch.isfinite(run.logits()).all()
     return found
 
 
 def at_once(world: World) -> list[Any]:
     runs = [run_of(ADAM | {"sharding": kind}, world, seed=1) for kind in PIPED]
-    return [([run.step(step) for step in BEFORE], tables_of(run)) for run in runs]
+    return [([run.step(step) for step in BEFORE], held_by(run)) for run in runs]
 
 
-def tables_of(run: Run) -> dict[str, list[Any]]:
-    """What this rank holds of tables and states, bit for bit."""
-    return {name: [(row, part.tolist()) for row, part in parts] for name, parts in run.held()["shards"].items()}
+def held_by(run: Run) -> dict[str, Any]:
+    """What this rank holds of tables and states, and the head with what is replicated, bit for bit."""
+    held = run.held()
+    shards = {name: [(row, part.tolist()) for row, part in parts] for name, parts in held["shards"].items()}
+    return shards | {name: value.tolist() for name, value in held["head"].items()}
 
 
 class Piped(nn.Module):
@@ -165,7 +167,7 @@ def by_torchrec(world: World) -> list[Any]:
             run.sharded.begin_step(step)
             losses.append(mean_over_ranks(pipeline.progress(given)))
         pipeline.detach()
-        found.append((losses, tables_of(run)))
+        found.append((losses, held_by(run)))
     return found
 
 
