@@ -1,6 +1,6 @@
 """The memory that `recsys plan` forecasts beside the peak that `recsys train` reaches, for three sizes of model on CPU.
 
-Each model trains for an epoch on random rows, with its evaluations and its checkpoint, in a process of its own, whose
+Each model trains for two epochs on random rows, with evaluations and checkpoints, in a process of its own, whose
 largest resident memory the system reports. The last line is a JSON object: `largest_error`, a share of the peak.
 """
 
@@ -67,7 +67,7 @@ kind = "deepfm"
 hidden = {size.hidden}
 [train]
 batch_size = {size.batch}
-epochs = 1
+epochs = 2
 [embedding]
 optimizer = "{size.optimizer}"
 """

@@ -38,7 +38,8 @@ PACKAGES = {
     "deepctr": ["torch", "deepctr-torch==0.3.0", "requests", "pyarrow"],
     "fuxictr": ["torch", "fuxictr==2.3.10"],
 }
-IDS = {f"C{at + 1}": int(rows) for at, rows in enumerate(np.geomspace(100, 925_000, 26))}
+TABLES = {f"C{at + 1}": int(rows) for at, rows in enumerate(np.geomspace(100, 925_000, 26))}
+"""Rows of each table."""
 NUMBERS = [f"I{at}" for at in range(1, 14)]
 HISTORY, SLOTS = "hist_C26", 20
 MODELS = ["deepfm", "dcn", "pnn1", "wide_deep", "din"]
@@ -87,7 +88,8 @@ def main() -> None:
 
 def compare(folder: Path, model: str, *, batch_size: int, options: argparse.Namespace) -> dict[str, float]:
     """All sides of one model and batch size, in turns."""
-    write_rows(folder / "data", batch_size * STEPS[batch_size][1], model=model, options=options)
+    text = experiment(model, precision=options.precision)
+    write_rows(folder / "data", batch_size * STEPS[batch_size][1], text=text, tables=TABLES, history=model == "din")
     limit = float(subprocess.run([sys.executable, "-c", LIMIT], check=True, capture_output=True, text=True).stdout)
     runs: dict[str, list[Run]] = {side: [] for side in options.sides}
     for _ in range(options.rounds):
@@ -161,28 +163,27 @@ def install(folder: Path, packages: list[str]) -> None:
     print(f"{folder}: installed in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def write_rows(folder: Path, rows: int, *, model: str, options: argparse.Namespace) -> None:
-    """A dataset folder and, beside it, the experiment file that trains on it."""
+def write_rows(folder: Path, rows: int, *, text: str, tables: dict[str, int], history: bool) -> None:
+    """A dataset folder and, beside it, the experiment file that trains on it, of this text."""
     sys.path.insert(0, str(ROOT))
     from etl.experiment_file import load
     from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
     from recsys.experiment import Experiment
 
     shutil.rmtree(folder, ignore_errors=True)
-    with_history = model == "din"
-    folder.with_suffix(".toml").write_text(experiment(model, precision=options.precision), encoding="utf-8")
-    features = [IdFeature(name=name, type="categorical", table=name, linear_only=False) for name in IDS]
-    if with_history:
+    folder.with_suffix(".toml").write_text(text, encoding="utf-8")
+    features = [IdFeature(name=name, type="categorical", table=name, linear_only=False) for name in tables]
+    if history:
         named: dict[str, Any] = {"name": HISTORY, "type": "sequence", "table": "C26", "dtype": "list<int64>"}
         features.append(IdFeature(**named, linear_only=False, slots=SLOTS))
     schema = Schema(
         features=tuple(features),
         dense=tuple(DenseFeature(name=name) for name in NUMBERS),
-        tables=tuple(Table(name=name, rows=count) for name, count in IDS.items()),
+        tables=tuple(Table(name=name, rows=count) for name, count in tables.items()),
         tasks=(TaskColumn(name="label", positive_rate=0.25),),
     )
     rng = np.random.default_rng(0)
-    drawn = columns(rng, rows, with_history=with_history)
+    drawn = columns(rng, rows, tables=tables, history=history)
     for split, count in {"train": rows, "valid": 512, "test": 512}.items():
         (folder / split).mkdir(parents=True)
         pq.write_table(drawn.slice(0, count), folder / split / "part.parquet", row_group_size=65_536)
@@ -192,14 +193,14 @@ def write_rows(folder: Path, rows: int, *, model: str, options: argparse.Namespa
     (folder / "manifest.json").write_text(json.dumps({"hash": data_hash, "files": {}}))
 
 
-def columns(rng: np.random.Generator, rows: int, *, with_history: bool) -> pa.Table:
+def columns(rng: np.random.Generator, rows: int, *, tables: dict[str, int], history: bool) -> pa.Table:
     """Ids by zipf's law with exponent 1.05, scattered over their tables; id 0 is left out, as it stands for unseen."""
     found: dict[str, Any] = {}
-    for name, size in IDS.items():
+    for name, size in tables.items():
         chance = np.cumsum(1 / np.arange(1, size) ** 1.05)
         own = rng.permutation(size - 1) + 1
         found[name] = own[np.searchsorted(chance, rng.random(rows) * chance[-1])]
-        if with_history and name == "C26":
+        if history and name == "C26":
             ends = np.concatenate([[0], np.cumsum(rng.integers(1, SLOTS + 1, rows))])
             ids = own[np.searchsorted(chance, rng.random(ends[-1]) * chance[-1])]
             found[HISTORY] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(ids))
@@ -227,7 +228,7 @@ name = "label"
 [[features]]
 type = "categorical"
 dtype = "int64"
-columns = {json.dumps(list(IDS))}
+columns = {json.dumps(list(TABLES))}
 {sequence if model == "din" else ""}
 [[features]]
 type = "numeric"

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from etl.artifact import read_json, sha256, write_json
 from etl.faults import Fault
 from recsys.parallel.shard import Sharded
-from recsys.parallel.state import State, snapshot, write
+from recsys.parallel.state import State, in_place, snapshot, write
 from recsys.parallel.world import World, background_group, barrier, from_all, from_first
 
 _MARKER = "complete"
@@ -107,11 +107,17 @@ class Checkpoints:
             self._writer.join(_ABANDONED_AFTER_S)
 
     def save(self, progress: Progress, *, sharded: Sharded, optimizer: Optimizer) -> None:
-        """Copies this rank's share into host memory and returns; a thread writes it. Waits for the write before."""
+        """Copies this rank's share into host memory and returns; a thread writes it. Waits for the write before.
+
+        The last one of a run is written from where it lies: nothing moves any more, and a copy would double the memory.
+        """
         self.wait()
-        task = (progress, snapshot(sharded, optimizer=optimizer))
+        take = in_place if progress.finished else snapshot
+        task = (progress, take(sharded, optimizer=optimizer))
         self._writer = threading.Thread(target=self._write, args=task, name="checkpoint", daemon=True)
         self._writer.start()
+        if progress.finished:
+            self.wait()
 
     def wait(self) -> None:
         """Until the last one is written. Raises what went wrong with it."""

@@ -22,29 +22,11 @@ from etl.artifact import read_json
 from etl.faults import Fault
 from etl.schema import GROUP, Schema, read_schema
 from recsys.ahead import ahead
-from recsys.shards import REMEDY, RowGroup, check_ids, fill, row_groups, values_of
+from recsys.shards import REMEDY, Int64s, RowGroup, Rows, check_ids, fill, row_groups, values_of
 
-Int64s = npt.NDArray[np.int64]
-
-WINDOW_GROUPS = 16
-"""Row groups in memory at once, and a second time while they are put side by side."""
-
-
-class Rows(NamedTuple):
-    """Rows in memory: ids int64 [R, S], floats float32 [R, N], labels float32 [R, T], groups int64 [R, 1 or 0].
-
-    `numbers_R` int64 counts the rows of the split in file order.
-    """
-
-    ids_RS: Int64s
-    floats_RN: npt.NDArray[np.float32]
-    labels_RT: npt.NDArray[np.float32]
-    groups_RG: Int64s
-    numbers_R: Int64s
-
-    def take(self, which: Int64s) -> "Rows":
-        """Some of the rows."""
-        return Rows._make(part[which] for part in self)
+_WINDOW_GROUPS = 16
+WINDOW_BYTES = 128 << 20
+"""Row groups in memory at once: as many as these bytes hold, at least one and at most 16."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +125,9 @@ class Split:
         """The rest of an epoch from the global row `start`; the order depends on seed and epoch alone."""
         order = np.random.default_rng([seed, epoch])
         groups = [self.groups[at] for at in order.permutation(len(self.groups))]
-        windows = [groups[at : at + WINDOW_GROUPS] for at in range(0, len(groups), WINDOW_GROUPS)]
+        bytes_each = Rows.bytes_each(self._schema) * max(group.rows for group in groups)
+        size = min(max(WINDOW_BYTES // bytes_each, 1), _WINDOW_GROUPS)
+        windows = [groups[at : at + size] for at in range(0, len(groups), size)]
         return ahead(self._steps(_Order(windows, start=start, stop=self.rows, random=order), mine))
 
     def _stretch(self, mine: Slice) -> Iterator[Batch]:
@@ -176,42 +160,48 @@ class Split:
         sizes_G = np.array([group.rows for group in window])
         ends_G = sizes_G.cumsum()
         needed = np.unique(np.concatenate([ends_G.searchsorted(piece.rows, side="right") for piece in pieces]))
-        read = _join([self._read(window[at]) for at in needed]) if len(needed) else None
+        read = self._read([window[at] for at in needed]) if len(needed) else None
         shift_G = np.zeros(len(window), np.int64)
         shift_G[needed] = sizes_G[needed].cumsum() - ends_G[needed]
         for piece in pieces:
             at_R = piece.rows + shift_G[ends_G.searchsorted(piece.rows, side="right")]
             yield None if read is None or not len(at_R) else read.take(at_R)
 
-    def _read(self, group: RowGroup) -> Rows:
+    def _read(self, groups: Sequence[RowGroup]) -> Rows:
+        """The groups' rows side by side; each group is decoded to where its rows stay."""
+        read = Rows.empty(self._schema, sum(group.rows for group in groups))
+        end = 0
+        for group in groups:
+            start, end = end, end + group.rows
+            self._decode(group, read.take(slice(start, end)))
+        return read
+
+    def _decode(self, group: RowGroup, into: Rows) -> None:
         schema, file = self._schema, pq.ParquetFile(group.file)
-        values = [f"{feature.name}:value" for feature in schema.features if feature.weighted]
+        of_ids = [f"{feature.name}:value" for feature in schema.features if feature.weighted]
         groups = [GROUP] if schema.group else []
-        names = [*schema.id_names, *schema.dense_names, *values, *schema.task_names, *groups]
+        names = [*schema.id_names, *schema.dense_names, *of_ids, *schema.task_names, *groups]
         if absent := sorted(set(names) - set(file.schema_arrow.names)):
             raise Fault(str(group.file), got=f"no column {', '.join(absent)}", wanted="the schema's", remedy=REMEDY)
         table = file.read_row_group(group.index, columns=names, use_threads=False)
-        ids = np.full((table.num_rows, schema.slot_ends[-1] if schema.features else 0), -1, np.int64)
-        floats = np.zeros((table.num_rows, len(schema.float_names)), np.float32)
         for at, name in enumerate(schema.dense_names):
-            floats[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
+            into.floats_RN[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
         at = len(schema.dense)
         for feature, end in zip(schema.features, schema.slot_ends, strict=True):
-            into = ids[:, end - feature.slots : end]
-            fill(into, table, name=feature.name, place=group.file, dtype=pa.int64())
-            check_ids(into, feature, rows=schema.rows(feature.table), place=f"{group.file}: column '{feature.name}'")
+            ids = into.ids_RS[:, end - feature.slots : end]
+            fill(ids, table, name=feature.name, place=group.file, dtype=pa.int64())
+            check_ids(ids, feature, rows=schema.rows(feature.table), place=f"{group.file}: column '{feature.name}'")
             if feature.weighted:
-                into_values = floats[:, at : at + feature.slots]
-                fill(into_values, table, name=f"{feature.name}:value", place=group.file, dtype=pa.float32())
+                values = into.floats_RN[:, at : at + feature.slots]
+                fill(values, table, name=f"{feature.name}:value", place=group.file, dtype=pa.float32())
                 at += feature.slots
-        labels = np.empty((table.num_rows, len(schema.tasks)), np.float32)
         for at, name in enumerate(schema.task_names):
-            labels[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
-        self._check_finite(floats, schema.float_names, first=group.first)
-        self._check_finite(labels, schema.task_names, first=group.first)
-        of_group = [values_of(table, name, place=group.file, dtype=pa.int64())[:, None] for name in groups]
-        groups_RG = np.concatenate([np.zeros((len(ids), 0), np.int64), *of_group], axis=1)
-        return Rows(ids, floats, labels, groups_RG, np.arange(group.first, group.first + group.rows))
+            into.labels_RT[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
+        for at, name in enumerate(groups):
+            into.groups_RG[:, at] = values_of(table, name, place=group.file, dtype=pa.int64())
+        self._check_finite(into.floats_RN, schema.float_names, first=group.first)
+        self._check_finite(into.labels_RT, schema.task_names, first=group.first)
+        into.numbers_R[:] = np.arange(group.first, group.first + group.rows)
 
     def _batch(self, rows: Rows, mine: Slice, *, real: int, global_rows: int) -> Batch:
         """This rank's rows of one step; copies of them fill it up, of which none counts."""

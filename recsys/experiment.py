@@ -78,6 +78,11 @@ class Train(OptimizerSettings):
     )
     dead_after_s: float = Field(60.0, ge=2, description="a rank that is silent for so long is given up; the others end")
 
+    @property
+    def saves_midway(self) -> bool:
+        """Whether checkpoints may be written while training goes on, from a copy; the last one needs none."""
+        return self.epochs > 1 or bool(self.eval_every_steps or self.checkpoint_every_steps)
+
 
 class Embedding(OptimizerSettings, Placement):
     """The tables: their size, their start, their optimizer (in the backward pass) and their sharding."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from etl.schema import Schema
 from recsys.ahead import AHEAD
-from recsys.data import WINDOW_GROUPS
+from recsys.data import WINDOW_BYTES
 from recsys.experiment import Experiment
 from recsys.layout import LANE
 from recsys.network import Network, build_network
@@ -69,7 +69,7 @@ def dense_bytes(experiment: Experiment, network: Network, *, schema: Schema) -> 
         states=parameters * 4 * state_count(experiment.train),
         activations=int(few + slope * (batch_size - 8)),
         batch=batch_size * row_bytes,
-        reading=(AHEAD * batch_size + 2 * WINDOW_GROUPS * rows) * row_bytes,
+        reading=(AHEAD * batch_size + 2 * rows) * row_bytes + max(WINDOW_BYTES, rows * row_bytes),
     )
 
 

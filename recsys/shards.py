@@ -1,8 +1,8 @@
-"""Parquet shards of one split: their row groups, and columns of one of them as arrays."""
+"""Parquet shards of one split: their row groups, and what they hold as arrays."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl.faults import Fault
-from etl.schema import IdFeature
+from etl.schema import IdFeature, Schema
 
 REMEDY = "run 'python -m etl run' again"
+Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,39 @@ class RowGroup:
     rows: int
     first: int
     """The number of its first row, counted in file order over all files of the split."""
+
+
+class Rows(NamedTuple):
+    """Rows in memory: ids int64 [R, S], floats float32 [R, N], labels float32 [R, T], groups int64 [R, 1 or 0].
+
+    `numbers_R` int64 counts the rows of the split in file order.
+    """
+
+    ids_RS: Int64s
+    floats_RN: npt.NDArray[np.float32]
+    labels_RT: npt.NDArray[np.float32]
+    groups_RG: Int64s
+    numbers_R: Int64s
+
+    @classmethod
+    def empty(cls, schema: Schema, rows: int) -> "Rows":
+        """Rows to be filled: no ids and values of 0 so far, labels and the like not set."""
+        return cls(
+            np.full((rows, schema.slot_ends[-1] if schema.features else 0), -1, np.int64),
+            np.zeros((rows, len(schema.float_names)), np.float32),
+            np.empty((rows, len(schema.tasks)), np.float32),
+            np.empty((rows, 1 if schema.group else 0), np.int64),
+            np.empty(rows, np.int64),
+        )
+
+    @classmethod
+    def bytes_each(cls, schema: Schema) -> int:
+        """What one row takes."""
+        return sum(part.nbytes for part in cls.empty(schema, 1))
+
+    def take(self, which: Int64s | slice) -> "Rows":
+        """Some of the rows; those of a slice stay where they are."""
+        return Rows._make(part[which] for part in self)
 
 
 def row_groups(folder: Path) -> list[RowGroup]:

@@ -19,7 +19,8 @@ from etl.schema import Schema
 from recsys.parallel.world import World, sum_over_ranks
 from recsys.shards import RowGroup
 
-_BLOCK = 1 << 25  # rows of a table counted at once: 256 MB
+_BLOCK = 1 << 23  # rows of a table counted at once: 64 MB
+_PART = 1 << 20  # of these counts, sorted at once
 
 
 class TableUse(BaseModel):
@@ -50,8 +51,9 @@ def _use(rows: int, columns: list[str], *, groups: Sequence[RowGroup], world: Wo
             np.add.at(counts_R, ids[(ids >= first) & (ids < first + size)] - first, 1)
         summed_R = torch.from_numpy(counts_R).to(world.device)
         sum_over_ranks(summed_R)
-        values, numbers = np.unique(summed_R.cpu().numpy(), return_counts=True)
-        rows_by_count.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+        for part_R in torch.split(summed_R.cpu(), _PART):
+            values, numbers = np.unique(part_R.numpy(), return_counts=True)
+            rows_by_count.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     lookups = sum(count * number for count, number in rows_by_count.items())
     top = _top(rows_by_count, -(-rows // 100))
     share = top / lookups if lookups else None

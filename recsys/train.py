@@ -148,8 +148,9 @@ class Trainer:
             found: Json = read_json(path, remedy="delete it and run the command again")
             return found
         self.checkpoints.wait()
-        restore_weights(best(self.run), self.learner.sharded)
         p = self.progress
+        if p.best_step != p.step:
+            restore_weights(best(self.run), self.learner.sharded)
         result: Json = {"steps": p.step, "rows": p.rows, "seconds": p.seconds, "best_step": p.best_step}
         result["rows_per_second"] = p.rows / max(p.seconds, 1e-9)
         for split in ("valid", "test"):

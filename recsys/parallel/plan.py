@@ -173,7 +173,8 @@ def _ranks(
         looked += 2 * batch_size * width * 4 + batch_size * sum(slots.values()) * _ID_BYTES
         device = _sum(parts, "own") | {"lookups": looked} | dense.device(hardware.device)
         host = _sum(parts, "host") | dense.host(hardware.device)
-        host["checkpoint"] = sum(s.weight_bytes + s.state_bytes for s in own)  # a copy while one is written
+        if experiment.train.saves_midway:  # from a copy
+            host["checkpoint"] = sum(s.weight_bytes + s.state_bytes for s in own)
         sent = sum(_sent_bytes(s, slots[s.table], embedding=embedding, hardware=hardware, rows=batch_size) for s in own)
         sent += int(2 * dense.gradients * (hardware.ranks - 1) / hardware.ranks)
         cpu = hardware.device == "cpu"

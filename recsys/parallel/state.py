@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,20 @@ from recsys.parallel.shard import Sharded
 State = Mapping[str, Any]
 """Tensors in nested dicts."""
 
+_PIECE_BYTES = 1 << 26
+"""Of a shard that is written or read at once: torch's checkpoints copy each piece whole on its way."""
+
 
 def snapshot(sharded: Sharded, *, optimizer: Optimizer) -> State:
     """This rank's share of weights and optimizer states as they are now, copied into host memory."""
-    copied: State = _copied(_state(sharded, optimizer))
+    copied: State = _in_pieces(_state(sharded, optimizer), copies=True)
     return copied
+
+
+def in_place(sharded: Sharded, *, optimizer: Optimizer) -> State:
+    """The same share where it lies, for a write during which nothing moves."""
+    own: State = _in_pieces(_state(sharded, optimizer), copies=False)
+    return own
 
 
 def write(folder: Path, state: State, *, group: ProcessGroup | None = None) -> None:
@@ -135,20 +145,35 @@ def _parts(value: Any) -> Iterator[tuple[list[int], Tensor]]:
         yield [0] * value.dim(), value.detach()
 
 
-def _copied(value: Any) -> Any:
+def _in_pieces(value: Any, *, copies: bool) -> Any:
+    """The tensors, or copies of them in host memory, those of shards in pieces."""
     if isinstance(value, Mapping):
-        return {name: _copied(part) for name, part in value.items()}
-    if isinstance(value, ShardedTensor):
-        metadata = copy.copy(value.metadata())
-        metadata.shards_metadata = [_on_cpu(place) for place in metadata.shards_metadata]
-        shards = [Shard(_in_host_memory(shard.tensor), _on_cpu(shard.metadata)) for shard in value.local_shards()]
-        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata)
-    return _in_host_memory(value)
+        return {name: _in_pieces(part, copies=copies) for name, part in value.items()}
+    if not isinstance(value, ShardedTensor):
+        return _in_host_memory(value) if copies else value
+    metadata, item_bytes = copy.copy(value.metadata()), value.dtype.itemsize
+    metadata.shards_metadata = [
+        piece for place in metadata.shards_metadata for piece in _pieces(place, item_bytes, on_cpu=copies)
+    ]
+    shards = []
+    for shard in value.local_shards():
+        for piece in _pieces(shard.metadata, item_bytes, on_cpu=copies):
+            first = piece.shard_offsets[0] - shard.metadata.shard_offsets[0]
+            tensor = shard.tensor.detach()[first : first + piece.shard_sizes[0]]
+            shards.append(Shard(_in_host_memory(tensor) if copies else tensor, piece))
+    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata)
 
 
-def _on_cpu(place: ShardMetadata) -> ShardMetadata:
-    rank = place.placement.rank()  # type: ignore[union-attr]  # torchrec always says where a shard lies
-    return dataclasses.replace(place, placement=_remote_device(f"rank:{rank}/cpu"))
+def _pieces(place: ShardMetadata, item_bytes: int, *, on_cpu: bool) -> Iterator[ShardMetadata]:
+    """A shard cut by rows into pieces of at most `_PIECE_BYTES`, or of one row."""
+    if on_cpu:
+        rank = place.placement.rank()  # type: ignore[union-attr]  # torchrec always says where a shard lies
+        place = dataclasses.replace(place, placement=_remote_device(f"rank:{rank}/cpu"))
+    (first, *columns), (rows, *width) = place.shard_offsets, place.shard_sizes
+    step = max(_PIECE_BYTES // max(item_bytes * math.prod(width), 1), 1)
+    for low in range(0, max(rows, 1), step):
+        sizes = [min(step, rows - low), *width]
+        yield dataclasses.replace(place, shard_offsets=[first + low, *columns], shard_sizes=sizes)
 
 
 def _in_host_memory(value: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from etl.faults import Fault
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
-from recsys.data import Batch, Rows, Slice, Split, open_dataset
+from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.experiment import Experiment
-from recsys.shards import RowGroup
+from recsys.shards import RowGroup, Rows
 
 TOTAL = 3000
 SCHEMA = Schema(
@@ -74,9 +74,9 @@ def test_the_rows_of_a_step_do_not_depend_on_the_ranks(numbered: Split, ranks: i
 class Counting(Split):
     """Remembers which row groups it decoded."""
 
-    def _read(self, group: RowGroup) -> Rows:
+    def _decode(self, group: RowGroup, into: Rows) -> None:
         self.read = [*getattr(self, "read", []), (group.file.name, group.index)]
-        return super()._read(group)
+        super()._decode(group, into)
 
 
 @pytest.mark.parametrize(("ranks", "share"), [(1, 1.0), (2, 0.75), (4, 0.5)])
@@ -99,6 +99,15 @@ def test_epochs_differ_in_order_and_evaluation_keeps_that_of_the_files(numbered:
     assert list(chain(*real_ids(numbered.in_file_order(Slice(0, 1, 500))))) == list(range(TOTAL))
     windows = [{row // 83 for row in step} for step in first]
     assert all(len(groups) > 8 for groups in windows), "rows of a step come from all over a window"
+
+
+def test_a_window_is_as_many_row_groups_as_its_bytes_hold(numbered: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them here, so that the 80 rows of a step, which may lie in two windows, come from few groups."""
+    monkeypatch.setattr("recsys.data.WINDOW_BYTES", 2 * 83 * Rows.bytes_each(SCHEMA))
+    steps = by_step(numbered, ranks=1, batch_size=80, epoch=0, start=0)
+    assert Counter(chain(*steps)) == Counter(range(TOTAL))
+    groups = [sum(row >= group.first for group in numbered.groups) for row in range(TOTAL)]
+    assert max(len({groups[row] for row in step}) for step in steps) <= 4
 
 
 def test_in_file_order_each_rank_has_a_stretch_and_all_equally_many_batches(numbered: Split) -> None:
