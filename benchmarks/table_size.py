@@ -4,7 +4,8 @@ Rows, models and batches are those of peers.py; only the tables grow. The ids fo
 that a larger table is also read at more different places. A row has 16 numbers, a first-order weight and padding, 80
 bytes, and 4 bytes of state by row-wise Adagrad (twice the row by Adam).
 
-`ms` is the median over the lines of metrics.jsonl, five steps each, the first left out. `excess` is the largest
+`ms` is the median over the lines of metrics.jsonl, five steps each, the first left out, and `waited` the share of these
+steps that went into waiting for a batch. `excess` is the largest
 resident memory of the process over tables and states: the libraries, batches, activations, and what initialisation,
 evaluation and the last checkpoint took for themselves. With `--save-every` a checkpoint is also written while training
 goes on, for which tables and states are copied. The last line is a JSON object: the slowest size over the fastest, by
@@ -50,11 +51,12 @@ def main() -> None:
             write_rows(data, options.batch_size * options.steps, text=text, tables=own, history=False)
         for _ in range(options.rounds):
             for rows, own in tables.items():
-                ms, peak = trained(Path(folder, f"{rows:.0e}"), options)
+                ms, waited, peak = trained(Path(folder, f"{rows:.0e}"), options)
                 held = sum(own.values()) * (ROW_BYTES + STATES[options.optimizer]) / 1e6
                 found[rows].append(ms)
                 excesses.append(peak - held)
-                print(f"{rows:.0e} rows: {ms:6.1f} ms, peak {peak:,.0f} MB, excess {peak - held:,.0f} MB", flush=True)
+                memory = f"peak {peak:,.0f} MB, excess {peak - held:,.0f} MB"
+                print(f"{rows:.0e} rows: {ms:6.1f} ms, waited {waited:.1%}, {memory}", flush=True)
     medians = [median(ms) for ms in found.values()]
     ratio = max(medians) / min(medians)
     print(json.dumps({"slowest_over_fastest": round(ratio, 3), "excess_mb": round(max(excesses))}))
@@ -65,8 +67,8 @@ def sizes(rows: float) -> dict[str, int]:
     return {name: max(int(count * rows / sum(TABLES.values())), 10) for name, count in TABLES.items()}
 
 
-def trained(folder: Path, options: argparse.Namespace) -> tuple[float, float]:
-    """Milliseconds a step, and MB of the largest resident memory."""
+def trained(folder: Path, options: argparse.Namespace) -> tuple[float, float, float]:
+    """Milliseconds a step, the share of waiting for batches, and MB of the largest resident memory."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     sets = [
         f"train.batch_size={options.batch_size}",
@@ -81,8 +83,9 @@ def trained(folder: Path, options: argparse.Namespace) -> tuple[float, float]:
     logged = [json.loads(text) for text in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in logged if record["step"] >= LINE_STEPS and "valid/auc" not in record]
     seconds = np.diff([record["seconds"] for record in steps])
+    waited = sum(record["ms/data"] for record in steps[1:]) * LINE_STEPS / 1000 / seconds.sum()
     shutil.rmtree(folder / "run")
-    return 1000 * float(np.median(seconds)) / LINE_STEPS, 1000 * gigabytes
+    return 1000 * float(np.median(seconds)) / LINE_STEPS, waited, 1000 * gigabytes
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from recsys.ahead import ahead
 from recsys.shards import REMEDY, Int64s, RowGroup, Rows, check_ids, fill, row_groups, values_of
 
 _WINDOW_GROUPS = 16
-WINDOW_BYTES = 128 << 20
+WINDOW_BYTES = 96 << 20
 """Row groups in memory at once: as many as these bytes hold, at least one and at most 16."""
 
 
@@ -174,6 +174,7 @@ class Split:
         for group in groups:
             start, end = end, end + group.rows
             self._decode(group, read.take(slice(start, end)))
+        pa.default_memory_pool().release_unused()  # some 30 MB, which Arrow would keep for the next window
         return read
 
     def _decode(self, group: RowGroup, into: Rows) -> None:

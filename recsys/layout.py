@@ -116,10 +116,11 @@ class Layout:
         dim, fields, entries, linear, sequences, masks = self.sizes.dim, [], [], [], [], []
         for run in (*self.full, *self.unpooled):
             rows_BLW = rows_BSW[:, run.start : run.stop]
-            if run.plain:
-                fields.append(rows_BLW[:, :, :dim])
-                entries.append(rows_BLW[:, :, :dim])
-                linear.append(rows_BLW[:, :, dim] if self.linear else rows_BLW[:, :0, 0])
+            if run.plain:  # one split: the gradient of a slice would be a matrix of zeros for each of them
+                vectors_BLK, rest_BLR = torch.split(rows_BLW, [dim, rows_BLW.shape[2] - dim], dim=2)
+                fields.append(vectors_BLK)
+                entries.append(vectors_BLK)
+                linear.append(rest_BLR[:, :, 0] if self.linear else rows_BLW[:, :0, 0])
                 continue
             values_BL = run.values_BL(ids_BS, floats_BN)
             if self.linear:

@@ -29,7 +29,7 @@ from recsys.parallel.shard import Sharded
 State = Mapping[str, Any]
 """Tensors in nested dicts."""
 
-_PIECE_BYTES = 1 << 26
+_PIECE_BYTES = 1 << 24
 """Of a shard that is written or read at once: torch's checkpoints copy each piece whole on its way."""
 
 
@@ -151,7 +151,8 @@ def _in_pieces(value: Any, *, copies: bool) -> Any:
         return {name: _in_pieces(part, copies=copies) for name, part in value.items()}
     if not isinstance(value, ShardedTensor):
         return _in_host_memory(value) if copies else value
-    metadata, item_bytes = copy.copy(value.metadata()), value.dtype.itemsize
+    metadata = copy.copy(value.metadata())
+    item_bytes = metadata.tensor_properties.dtype.itemsize
     metadata.shards_metadata = [
         piece for place in metadata.shards_metadata for piece in _pieces(place, item_bytes, on_cpu=copies)
     ]
