@@ -30,7 +30,7 @@ State = Mapping[str, Any]
 """Tensors in nested dicts."""
 
 _PIECE_BYTES = 1 << 24
-"""Of a shard that is written or read at once: torch's checkpoints copy each piece whole on its way."""
+"""Of a shard that is written or read at once: torch's checkpoints hold a piece whole on its way."""
 
 
 def snapshot(sharded: Sharded, *, optimizer: Optimizer) -> State:
@@ -161,7 +161,7 @@ def _in_pieces(value: Any, *, copies: bool) -> Any:
         for piece in _pieces(shard.metadata, item_bytes, on_cpu=copies):
             first = piece.shard_offsets[0] - shard.metadata.shard_offsets[0]
             tensor = shard.tensor.detach()[first : first + piece.shard_sizes[0]]
-            shards.append(Shard(_in_host_memory(tensor) if copies else tensor, piece))
+            shards.append(Shard(_in_host_memory(tensor) if copies else _alone(tensor), piece))
     return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata)
 
 
@@ -175,6 +175,12 @@ def _pieces(place: ShardMetadata, item_bytes: int, *, on_cpu: bool) -> Iterator[
     for low in range(0, max(rows, 1), step):
         sizes = [min(step, rows - low), *width]
         yield dataclasses.replace(place, shard_offsets=[first + low, *columns], shard_sizes=sizes)
+
+
+def _alone(value: Tensor) -> Tensor:
+    """The same memory, on CPU as a storage of its own: of a part of one torch's checkpoints write a copy, which stays
+    until Python's collector finds it."""
+    return torch.from_numpy(value.numpy()) if value.device.type == "cpu" else value
 
 
 def _in_host_memory(value: Tensor) -> Tensor:
