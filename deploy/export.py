@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import etl.lookup
 import etl.transform
 from deploy import exporter, monitor, ranker, ranking, served_program, triton_model_file
 from deploy.bundle import MARKER, Bundle, Cost, ServeDefaults, Signature, file_hashes
@@ -94,7 +95,8 @@ def _copy_parts(run: Path, folder: Path) -> None:
     for name in ("schema.json", "experiment.json"):
         shutil.copyfile(run / name, folder / name)
     shutil.copytree(run / "transform", folder / "transform")
-    for module in (etl.transform, ranker, ranking, monitor, exporter, served_program):
+    etl.lookup.write_slots(folder / "transform")
+    for module in (etl.lookup, etl.transform, ranker, ranking, monitor, exporter, served_program):
         path = Path(str(module.__file__))
         shutil.copyfile(path, folder / path.name)
     shutil.copyfile(triton_model_file(), folder / "model.py")

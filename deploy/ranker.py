@@ -158,7 +158,7 @@ class Ranker:
         self._float_names = [dense["name"] for dense in schema["dense"]]
         self._float_names += [f"{feature['name']}:value" for feature in weighted for _ in range(feature["slots"])]
         self.module = transform
-        self.encoder = Encoder(transform.Transform.load(folder / "transform"), module=transform)
+        self.encoder = Encoder(transform.Transform.mapped(folder / "transform"), module=transform)
         self._program = program
         self.seen = seen or _ignore
 

@@ -3,7 +3,7 @@
 It serves either kind of request, as its config says: rows, or a user with candidates.
 """
 
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 _WARM_UP_ROWS = (1, 2, 8, 64)
+_PACKAGE = "rankforge_bundle"
 _RANKED = ("user_", "item_")
 
 
@@ -145,11 +146,7 @@ def _check_arrays() -> None:
 
 
 def _load(folder: Path, name: str) -> ModuleType:
-    """The module in the file beside this one, whatever else may carry its name."""
-    spec = importlib.util.spec_from_file_location(f"rankforge_{name}", folder / f"{name}.py")
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"{folder / name}.py cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    spec.loader.exec_module(module)
-    return module
+    """The module in the file beside this one, whatever else may carry its name; it may import its neighbours."""
+    package = sys.modules.setdefault(_PACKAGE, ModuleType(_PACKAGE))
+    package.__path__ = [str(folder)]
+    return importlib.import_module(f"{_PACKAGE}.{name}")

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl.artifact import Json
+from etl.lookup import Vocabulary
 from etl.pack import pack
-from etl.transform import Float32s, Float64s, Int64s, Signature, Vocabulary, crossed, mix
+from etl.transform import Float32s, Float64s, Int64s, Signature, crossed, mix
 
 FOLDS = "folds"
 """Folder, beside the staged training rows, of key, fold, rows and ones of each target encoding."""

@@ -62,7 +62,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         schema.write(folder)
         from etl.engines.compiled import CompiledVocabulary
 
-        transform, stats = Transform.load(folder / "transform", vocabulary=CompiledVocabulary), {}
+        transform, stats = Transform.load(folder / "transform", vocabulary=CompiledVocabulary.read), {}
         for split, part in typed.items():
             shards = _Shards(folder / split, spec.etl, finished=finished)
             encode = engine.encoder(split, part, transform=transform)

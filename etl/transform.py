@@ -1,10 +1,10 @@
 """The fitted transform: raw rows -> packed request -> ids and dense values.
 
 The same file runs in the ETL, in offline scoring and, copied into a bundle, inside the model server, so it imports
-nothing of ours. Raw rows are packed without any fitted state (`etl/pack.py`, also at the client): texts become 64-bit
-keys, whole numbers are their own keys, the lowest value of a type stands for missing, and a list takes as many columns
-as it may have values, the unused ones last. `Transform` holds the fitted state and turns packed rows into table rows
-(row 0 = missing or unseen, -1 = no value) and floats.
+nothing of ours but `lookup.py` beside it. Raw rows are packed without any fitted state (`etl/pack.py`, also at the
+client): texts become 64-bit keys, whole numbers are their own keys, the lowest value of a type stands for missing, and
+a list takes as many columns as it may have values, the unused ones last. `Transform` holds the fitted state and turns
+packed rows into table rows (row 0 = missing or unseen, -1 = no value) and floats.
 """
 
 import json
@@ -16,19 +16,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
-Int64s = npt.NDArray[np.int64]
-Float64s = npt.NDArray[np.float64]
+from .lookup import MISSING_KEY as MISSING_KEY
+from .lookup import NO_KEY as NO_KEY
+from .lookup import RESERVED_KEYS as RESERVED_KEYS
+from .lookup import Encoding, Vocabulary
+from .lookup import Float64s as Float64s
+from .lookup import Int64s as Int64s
+from .lookup import mix as mix
+
 Float32s = npt.NDArray[np.float32]
 
 State = Mapping[str, Any]
 """A part of transform.json, or of the signature, as JSON values."""
 Encodings = Mapping[str, Callable[[Int64s], Float64s]]
 
-MISSING_KEY = np.iinfo(np.int64).min
-NO_KEY = MISSING_KEY + 1
-RESERVED_KEYS = (MISSING_KEY, NO_KEY)
 MISSING_NUMBER = float(np.finfo(np.float64).min)
 
 
@@ -56,15 +58,6 @@ class Encoded:
 def not_reserved(keys: Int64s) -> Int64s:
     """Hashes that happen to be a key with a meaning are moved beside."""
     return np.where(np.isin(keys, RESERVED_KEYS), NO_KEY + 1, keys)
-
-
-def mix(keys: Int64s) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele et al. 2014): spreads keys over all 64 bits, one to one."""
-    z = keys.view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
-    return mixed
 
 
 def hashed_rows(keys: Int64s, *, rows: int | Int64s) -> Int64s:
@@ -116,63 +109,6 @@ def check_numbers(numbers: Float64s, names: Sequence[str]) -> None:
         raise ValueError(f"column '{names[column]}' holds {numbers[row, column]} at row {row}: send null for missing")
 
 
-class Vocabulary:
-    """Keys int64 [V], each once, and the table row of each, in a hash table with linear probing.
-
-    Whole columns are looked up at once: a vectorised step compares every key with its slot, the few that met another
-    key go one slot further. At most half of the slots are taken.
-    """
-
-    def __init__(self, keys: Int64s, rows: Int64s) -> None:
-        bits = max(1, (2 * len(keys) - 1).bit_length()) if len(keys) else 1
-        self._shift, self._last = np.uint64(64 - bits), (1 << bits) - 1
-        self._keys = np.full(1 << bits, NO_KEY, np.int64)
-        self._rows = np.zeros(1 << bits, np.int64)
-        slots, left = self._home(keys), np.arange(len(keys))
-        while left.size:
-            free = self._keys[slots[left]] == NO_KEY
-            tried, others = left[free], left[~free]
-            self._keys[slots[tried]] = keys[tried]
-            placed = self._keys[slots[tried]] == keys[tried]
-            self._rows[slots[tried[placed]]] = rows[tried[placed]]
-            left = np.concatenate([others, tried[~placed]])
-            slots[left] = (slots[left] + 1) & self._last
-
-    @classmethod
-    def read(cls, path: Path) -> "Vocabulary":
-        """From the vocabulary parquet: columns value, key, row, count."""
-        table = pq.read_table(path, columns=["key", "row"])
-        return cls(*(table[name].to_numpy() for name in ("key", "row")))
-
-    def __call__(self, keys: Int64s) -> Int64s:
-        """Rows of the keys, of the same shape; 0 where unseen or missing."""
-        flat = keys.reshape(-1)
-        slots = self._home(flat)
-        found, rows = self._keys.take(slots), self._rows.take(slots)
-        at = np.flatnonzero(found != flat)
-        rows[at] = 0
-        sought, slots, found = flat.take(at), slots.take(at), found.take(at)
-        while (others := np.flatnonzero(found != NO_KEY)).size:
-            at, sought, slots = at.take(others), sought.take(others), (slots.take(others) + 1) & self._last
-            found = self._keys.take(slots)
-            hits = np.flatnonzero(found == sought)
-            rows[at.take(hits)] = self._rows.take(slots.take(hits))
-            found[hits] = NO_KEY
-        return rows.reshape(keys.shape)
-
-    def _home(self, keys: Int64s) -> Int64s:
-        """The slot where each key's search begins."""
-        return (mix(keys) >> self._shift).astype(np.int64)
-
-
-def encoding(path: Path, *, other: float) -> Callable[[Int64s], Float64s]:
-    """Numbers of keys, from a parquet with the columns key and value; `other` where a key is missing or unseen."""
-    table = pq.read_table(path, columns=["key", "value"])
-    values = np.append(other, table["value"].to_numpy())
-    vocabulary = Vocabulary(table["key"].to_numpy(), np.arange(1, len(values), dtype=np.int64))
-    return lambda keys: values.take(vocabulary(keys))
-
-
 class Transform:
     """The fitted state of a dataset folder's `transform/`."""
 
@@ -188,14 +124,25 @@ class Transform:
         self._scaling = _as_columns(scaled)
 
     @classmethod
-    def load(cls, folder: Path, *, vocabulary: type[Vocabulary] = Vocabulary) -> "Transform":
+    def load(
+        cls,
+        folder: Path,
+        *,
+        vocabulary: Callable[[Path], Vocabulary] = Vocabulary.read,
+        encoding: Callable[[Path, float], Encoding] = Encoding.read,
+    ) -> "Transform":
         """Reads `transform.json`, and the vocabularies and encodings it names."""
         state = json.loads((folder / "transform.json").read_text(encoding="utf-8"))
         tables = {step["table"] for step in state["features"] if step["kind"] == "vocabulary"}
-        vocabularies = {t: vocabulary.read(folder / "vocabulary" / f"{t}.parquet") for t in sorted(tables)}
+        vocabularies = {t: vocabulary(folder / "vocabulary" / f"{t}.parquet") for t in sorted(tables)}
         others = {step["name"]: step["other"] for step in state["dense"] if "by" in step}
-        encodings = {n: encoding(folder / "encoding" / f"{n}.parquet", other=other) for n, other in others.items()}
+        encodings = {n: encoding(folder / "encoding" / f"{n}.parquet", other) for n, other in others.items()}
         return cls(state, vocabularies, encodings=encodings)
+
+    @classmethod
+    def mapped(cls, folder: Path) -> "Transform":
+        """A bundle's, with the hash tables that `write_slots` left there; raises ValueError where one is not whole."""
+        return cls.load(folder, vocabulary=Vocabulary.mapped, encoding=Encoding.mapped)
 
     def apply(self, packed: Packed) -> Encoded:
         """Packed rows [B, ...] that passed `check` to ids [B, S] and floats [B, N]; never fails."""

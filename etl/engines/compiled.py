@@ -15,7 +15,7 @@ import numpy.typing as npt
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from etl.transform import NO_KEY, Int64s, Vocabulary
+from etl.lookup import NO_KEY, Int64s, Vocabulary
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 

@@ -8,7 +8,8 @@ import pytest
 import etl.profile
 import etl.transform
 from deploy.monitor import SCORE_EDGES, Monitor, Window, psi, score_bins
-from etl.transform import MISSING_KEY, MISSING_NUMBER, NO_KEY, Packed, Transform, Vocabulary
+from etl.lookup import Vocabulary
+from etl.transform import MISSING_KEY, MISSING_NUMBER, NO_KEY, Packed, Transform
 
 STATE: dict[str, Any] = {
     "signature": {

@@ -17,6 +17,7 @@ from deploy.bundle import read_bundle
 from deploy.ranker import Ranker, Request, Scored
 from deploy.ranking import Ranking, RankRequest
 from deploy.served_program import load_program
+from etl.lookup import write_slots
 from etl.pack import pack
 from etl.transform import MISSING_NUMBER, Packed, Signature, crossed
 from tests.deploy.conftest import raw_lists
@@ -213,6 +214,7 @@ def every_kind(folder: Path, user: list[str]) -> tuple[Ranker, Ranking]:
     for name, keys in (("rate_u_i", crossed([pairs[:, 0], pairs[:, 1]])), ("count_u", crossed([pairs[:4, 1]]))):
         table = pa.table({"key": keys[:, 0], "value": np.arange(1.0, len(keys) + 1)})
         pq.write_table(table, folder / "transform" / "encoding" / f"{name}.parquet")
+    write_slots(folder / "transform")
     features = [
         {"name": step["name"], "table": step["name"], "slots": SLOTS.get(str(step.get("column")), 1)}
         | {"weighted": step["kind"] == "field" or bool(step.get("weights"))}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etl.engines import compiled
-from etl.transform import MISSING_KEY, RESERVED_KEYS, Vocabulary
+from etl.lookup import MISSING_KEY, RESERVED_KEYS, Vocabulary
 
 KEYS = st.integers(-(2**63), 2**63 - 1).filter(lambda key: key not in RESERVED_KEYS)
 NEAR = st.integers(0, 40)

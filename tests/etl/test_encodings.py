@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import etl.lookup
 import etl.transform
 from etl.engines.encodings import fit_encoding, fold
 from etl.engines.fitting import Fitting
@@ -215,14 +216,13 @@ def test_the_fitted_state_is_small_and_the_folds_are_not_in_it(tmp_path: Path) -
 
 
 def server_module(folder: Path) -> ModuleType:
-    """The transform as the model server loads it: a copied file, alone."""
-    shutil.copyfile(str(etl.transform.__file__), folder / "transform.py")
-    spec = importlib.util.spec_from_file_location("served_transform", folder / "transform.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    spec.loader.exec_module(module)
-    return module
+    """The transform as the model server loads it: copied files, alone."""
+    for module in (etl.lookup, etl.transform):
+        path = Path(str(module.__file__))
+        shutil.copyfile(path, folder / path.name)
+    package = sys.modules["served_transform"] = ModuleType("served_transform")
+    package.__path__ = [str(folder)]
+    return importlib.import_module("served_transform.transform")
 
 
 def test_serving_one_row_at_a_time_gives_the_columns_of_the_dataset(
@@ -259,7 +259,8 @@ def test_serving_one_row_at_a_time_gives_the_columns_of_the_dataset(
     ]
     features = [*SPEC["features"], *numeric, {"type": "bag", "name": "tags", "max_length": 3}]
     run(parse(SPEC | {"features": features}, place="x", into=FeatureSpec), Path("data"), report=silent)
-    transform = server_module(tmp_path).Transform.load(Path("data/transform"))
+    etl.lookup.write_slots(Path("data/transform"))
+    transform = server_module(tmp_path).Transform.mapped(Path("data/transform"))
     schema = json.loads(Path("data/schema.json").read_text())
     slots = [(f["name"], f["slots"], f["weighted"]) for f in schema["features"]]
     for split in raw:

@@ -1,5 +1,6 @@
 """Serving parity: the fitted state, row by row and without polars, gives the ids and floats of the dataset folder."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from etl.experiment_file import parse
 from etl.faults import Fault
+from etl.lookup import write_slots
 from etl.pack import encode, pack
 from etl.run import run
 from etl.sources import read_raw_split
@@ -91,14 +93,14 @@ def write(test_rows: int) -> None:
 
 
 SERVER = """
-import importlib.util, sys
+import importlib, sys
 import numpy as np
-spec = importlib.util.spec_from_file_location("transform", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-sys.modules["transform"] = module
-spec.loader.exec_module(module)
 from pathlib import Path
-transform = module.Transform.load(Path(sys.argv[2]))
+from types import ModuleType
+package = sys.modules["copied"] = ModuleType("copied")
+package.__path__ = [sys.argv[1]]
+module = importlib.import_module("copied.transform")
+transform = module.Transform.mapped(Path(sys.argv[2]))
 packed = np.load(sys.argv[3])
 keys, numbers = packed["keys"], packed["numbers"]
 ids, floats = [], []
@@ -134,7 +136,7 @@ def folder_rows(split: Path, transform: Transform) -> tuple[np.ndarray, np.ndarr
 
 @pytest.mark.slow
 def test_row_by_row_serving_gives_the_folders_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transform runs as in a bundle: its file alone, in a process that loads nothing of ours."""
+    """The transform runs as in a bundle: its files alone, in a process that loads nothing else of ours."""
     monkeypatch.chdir(tmp_path)
     write(ROWS)
     made = spec()
@@ -146,7 +148,12 @@ def test_row_by_row_serving_gives_the_folders_rows(tmp_path: Path, monkeypatch: 
         row = pack(raw.slice(at, 1), transform.signature)
         assert (row.keys[0] == packed.keys[at]).all() and (row.numbers[0] == packed.numbers[at]).all()
     np.savez("packed.npz", keys=packed.keys, numbers=packed.numbers)
-    line = [str(ROOT / "etl" / "transform.py"), "d/transform", "packed.npz", "served.npz"]
+    write_slots(Path("d/transform"))
+    copied = Path("copied")
+    copied.mkdir()
+    for name in ("lookup.py", "transform.py"):
+        shutil.copyfile(ROOT / "etl" / name, copied / name)
+    line = [str(copied), "d/transform", "packed.npz", "served.npz"]
     done = subprocess.run([sys.executable, "-c", SERVER, *line], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
     served, (ids, floats) = np.load("served.npz"), folder_rows(Path("d/test"), transform)

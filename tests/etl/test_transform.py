@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from etl.lookup import Vocabulary
 from etl.pack import pack, text_keys
 from etl.transform import (
     MISSING_KEY,
@@ -16,7 +17,6 @@ from etl.transform import (
     Packed,
     Signature,
     Transform,
-    Vocabulary,
     bucket_keys,
     hashed_rows,
     mix,
