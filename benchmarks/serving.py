@@ -3,7 +3,7 @@
 26 ids and 13 numbers, 3,000,000 rows x 16 in 26 hashed tables, three layers of 400. The bundle is made by the ordinary
 commands from clicks of `etl synth`; the network is trained for one epoch of few rows, since its weights cost nothing.
 The sides take turns in one run, one thread each, with one instance of every model in one server; figures are medians of
-the rounds. CPU time through Triton is that of the server and its stubs; the load comes from this process, on the same
+many short rounds, since what else a machine does changes CPU time too. CPU time through Triton is that of the server and its stubs; the load comes from this process, on the same
 cores.
 
 The last line is a JSON object: `triton_over_inprocess_512` is CPU time a row through Triton over that of the same
@@ -16,8 +16,6 @@ benchmarks/serving_instances.py.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import etl.transform  # noqa: E402
-from benchmarks.serving_instances import two_instances  # noqa: E402
+from benchmarks.serving_instances import command, two_instances  # noqa: E402
 from deploy import ranker  # noqa: E402
 from deploy.bench import Load, Measured, load_server, requests_of, run_in_process  # noqa: E402
 from deploy.bench_bundle import ECHO, add_echo, packed_rows  # noqa: E402
@@ -101,8 +99,8 @@ class TritonPythonModel:
 def main() -> None:
     """Makes the bundle, serves it, measures in turns, prints a table and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each side in a round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each side in a round")
     parser.add_argument("--quick", action="store_true", help="small tables, one short round: shows that it works")
     options = parser.parse_args()
     rounds, seconds = (1, 0.5) if options.quick else (options.rounds, options.seconds)
@@ -133,15 +131,6 @@ def make_bundle(folder: Path, *, table_rows: int, dense: str) -> Path:
     precision = [] if dense == "fp32" else ["--dense", dense]
     command(folder, "deploy", "export", "run", "--out", str(bundle), *precision)
     return bundle
-
-
-def command(folder: Path, module: str, *arguments: str) -> None:
-    """One of the project's commands, in `folder`; its output is shown where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{module} {' '.join(arguments)}\n{done.stdout}{done.stderr}")
 
 
 def has_bfloat16() -> bool:

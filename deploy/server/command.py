@@ -65,4 +65,6 @@ def server_environment(runtime: Runtime, environment: Mapping[str, str]) -> dict
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
         "PYTHONDONTWRITEBYTECODE": "1",  # the repository may be read-only, and is never written to
         "OMP_NUM_THREADS": "1",  # one thread an instance: OpenMP's spinning threads cost several times the model
+        "MALLOC_MMAP_THRESHOLD_": str(16 << 20),  # the buffers of a request come from memory that is kept: else the
+        "MALLOC_TRIM_THRESHOLD_": str(64 << 20),  # kernel gives, clears and takes back each of them
     }

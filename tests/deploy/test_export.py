@@ -11,7 +11,10 @@ from deploy import export as exporting
 from deploy.bundle import Cost, read_bundle
 from deploy.precision import PRECISIONS, cost_lines, refuse_costly
 from deploy.program import Precision, ServedNetwork
-from etl.faults import Fault
+from etl.faults import Fault, Faults
+from etl.pack import pack
+from etl.sources import read_rows
+from etl.transform import Transform
 from recsys.experiment import Export
 from recsys.network import Network
 
@@ -62,6 +65,32 @@ def test_a_program_that_scores_otherwise_is_refused(
     with pytest.raises(Fault, match="scores that differ by"):
         exporting.export(run_folder, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_transforms_of_a_bundle_share_mapped_vocabularies(bundle: Path) -> None:
+    """Nothing to build, no copy an instance, and the ids of the vocabularies that were fitted."""
+    one, two = (Transform.mapped(bundle / "transform") for _ in range(2))
+    built = Transform.load(bundle / "transform")
+    assert set(one.vocabularies) == {"site", "city", "item"}
+    for name in one.vocabularies:
+        path = bundle / "transform" / "vocabulary" / f"{name}.npy"
+        mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+        assert len(mappings) >= 2 and all(" r--" in line for line in mappings), "each maps the file, none may write"
+    rows = read_rows(bundle / "golden" / "requests.jsonl", one.signature.columns)
+    packed = pack(rows, one.signature)
+    wanted = built.apply(packed).ids
+    assert (wanted > 0).any(axis=0).all()
+    for each in (one, two):
+        assert each.apply(packed).ids.tolist() == wanted.tolist()
+
+
+def test_a_cut_vocabulary_is_refused_by_name(bundle: Path) -> None:
+    path = bundle / "transform" / "vocabulary" / "item.npy"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(Faults, match=r"item\.npy"):
+        read_bundle(bundle)
+    with pytest.raises(ValueError, match=r"item\.npy.*copy the bundle anew"):
+        Transform.mapped(bundle / "transform")
 
 
 def test_a_run_without_result_is_refused(run_folder: Path, tmp_path: Path) -> None:
