@@ -3,8 +3,8 @@
 26 ids and 13 numbers, 3,000,000 rows x 16 in 26 hashed tables, three layers of 400. The bundle is made by the ordinary
 commands from clicks of `etl synth`; the network is trained for one epoch of few rows, since its weights cost nothing.
 The sides take turns in one run, one thread each, with one instance of every model in one server; figures are medians of
-many short rounds, since what else a machine does changes CPU time too. CPU time through Triton is that of the server and its stubs; the load comes from this process, on the same
-cores.
+many short rounds, since what else a machine does changes CPU time too. CPU time through Triton is that of the server
+and its stubs; the load comes from this process, on the same cores.
 
 The last line is a JSON object: `triton_over_inprocess_512` is CPU time a row through Triton over that of the same
 transform and program in this process, `triton_over_program_512` over the program's alone, both at 512 rows and one
