@@ -145,9 +145,10 @@ def _mapped(parquet: Path) -> Int64s:
 
 
 def _columns(path: Path, number: str) -> tuple[Int64s, Int64s]:
-    """The keys, and beside each its row, or the bits of its number."""
+    """The keys, and beside each its row, or the bits of its value as float64."""
     table = pq.read_table(path, columns=["key", number])
-    return table["key"].to_numpy(), table[number].to_numpy().view(np.int64)
+    numbers = table[number].to_numpy()
+    return table["key"].to_numpy(), numbers if number == "row" else numbers.astype(np.float64).view(np.int64)
 
 
 def _shift(slots: int) -> np.uint64:

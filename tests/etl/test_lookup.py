@@ -44,6 +44,14 @@ def test_a_mapped_encoding_has_the_same_bits_as_its_parquet(transform: Path, oth
         np.testing.assert_array_equal(made(ASKED).view(np.int64), wanted)
 
 
+def test_whole_numbers_are_values_too(transform: Path) -> None:
+    path = transform / "encoding" / "count.parquet"
+    pq.write_table(pa.table({"key": KEYS[:3], "value": pa.array([3, 2, 1])}), path)
+    write_slots(transform)
+    for made in (Encoding.mapped(path, 0.5), Encoding.read(path, 0.5)):
+        assert made(KEYS[:4]).tolist() == [3.0, 2.0, 1.0, 0.5]
+
+
 def test_no_table_is_one_that_knows_no_key(tmp_path: Path) -> None:
     (tmp_path / "vocabulary").mkdir()
     path = tmp_path / "vocabulary" / "item.parquet"
