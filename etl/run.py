@@ -213,7 +213,7 @@ class _Shards:
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Ids in as few bits as each block of them needs: as small as snappy makes them, and read in a third of the time."""
+    """Ids in as few bits as each block of them needs: as small as compressed, and read in a third of the time."""
     columns = {f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name: f.type for f in schema}
     whole = {name: pa.types.is_int64(getattr(kind, "value_type", kind)) for name, kind in columns.items()}
     return pq.ParquetWriter(

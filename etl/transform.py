@@ -10,7 +10,7 @@ packed rows into table rows (row 0 = missing or unseen, -1 = no value) and float
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,8 @@ class Transform:
         missing, zeros = counts = np.zeros((2, len(keys)), np.int64)
         for part in cached(len(keys), rows=len(packed.keys)):
             key_SB, own = np.concatenate([key.T for key in keys[part]]), ids_SB[starts[part.start] : starts[part.stop]]
-            places = [slice(*(at - starts[part.start] for at in starts[f : f + 2])) for f in range(part.start, part.stop)]
+            ends = [end - starts[part.start] for end in starts[part.start : part.stop + 1]]
+            places = [slice(*pair) for pair in pairwise(ends)]
             self._look_up(self.features[part], key_SB, places, ids_SB=own)
             counts[:, part] = [[np.count_nonzero(of[at]) for at in places] for of in (key_SB == MISSING_KEY, own == 0)]
         return Encoded(ids_SB.T, self._floats(packed).T, missing, zeros - missing)
@@ -193,8 +194,8 @@ class Transform:
         """[N, B]: dense inputs, then what multiplies the rows of fields and of bags with weights."""
         scaled = np.empty((len(self._scaled), len(packed.keys)), np.float32)
         for part in cached(len(scaled), rows=len(packed.keys)):
-            step = {name: column[part] for name, column in self._scaling.items()}
-            scaled[part] = scale(packed.numbers.T[self._scaled[part]], step)
+            scaling = {name: column[part] for name, column in self._scaling.items()}
+            scaled[part] = scale(packed.numbers.T[self._scaled[part]], scaling)
         of_scaled, parts = iter(scaled[:, None]), [scaled[:0]]
         for step in (*self.dense, *self.features):
             if "mean" in step:
@@ -234,13 +235,14 @@ def crossed(parts: Sequence[Int64s]) -> Int64s:
 
 
 def scale(numbers: Float64s, step: State) -> Float64s:
-    """Fill, clip, log(1 + x), scale, in this order and in float64; min-max scaling takes the lowest number and the range.
+    """Fill, clip, log1p, scale, in this order and in float64; min-max scaling takes the lowest number and the range.
 
     Numbers [B] with the settings of one step, or [N, B] with those of `_as_columns`.
     """
     x: Float64s = np.where(numbers > MISSING_NUMBER, numbers, step["fill"])  # NaN isn't above it either
     if step["clip"] is not None:
-        np.clip(x, *np.moveaxis(np.asarray(step["clip"]), -1, 0), out=x)
+        low, high = np.moveaxis(np.asarray(step["clip"], np.float64), -1, 0)
+        np.clip(x, low, high, out=x)
     lines, logs = np.atleast_2d(x), np.flatnonzero(step["log1p"])
     if logs.size:
         lines[logs] = _log1p(np.maximum(lines[logs], 0.0))
@@ -250,7 +252,7 @@ def scale(numbers: Float64s, step: State) -> Float64s:
 
 
 def _log1p(x: Float64s) -> Float64s:
-    """log(1 + x), with what 1 + x lost given back: half the time of `np.log1p`, which few processors have in hardware."""
+    """log(1 + x), with what 1 + x lost given back; where numpy has no vectors for its log1p, in half of its time."""
     above = x + 1.0
     lost: Float64s = (x - (above - 1.0)) / above
     lost += np.log(above)

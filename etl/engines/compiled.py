@@ -38,7 +38,7 @@ def _compiled(*types: numba.types.Type) -> Callable[[Loop], Loop]:
     return compiled
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(_: Any, slots: Any, at: Any) -> Any:
     """Asks for a slot's line of the cache, without waiting for it."""
 
@@ -77,8 +77,9 @@ def _homes(slots: Int64s, keys: Int64s) -> Int64s:
 
 @_inline
 def _slot(slots: Int64s, keys: Int64s, i: int, homes: Int64s) -> np.int64:
-    """Where key i stands, or the free slot where it would. The keys' turns come one by one: `homes` are of those ahead."""
-    key, at = keys[i], homes[i & (_AHEAD - 1)]
+    """Where key i stands, or the free slot where it would. Keys come in turn: `homes` are of those ahead."""
+    key: np.int64 = keys[i]
+    at: np.int64 = homes[i & (_AHEAD - 1)]
     if i + _AHEAD < len(keys):
         homes[i & (_AHEAD - 1)] = _home(slots, keys[i + _AHEAD])
     while slots[at, 0] != key and slots[at, 0] != _FREE:
