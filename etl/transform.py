@@ -154,7 +154,7 @@ class Transform:
             key_SB, own = np.concatenate([key.T for key in keys[part]]), ids_SB[starts[part.start] : starts[part.stop]]
             ends = [end - starts[part.start] for end in starts[part.start : part.stop + 1]]
             places = [slice(*pair) for pair in pairwise(ends)]
-            self._look_up(self.features[part], key_SB, places, ids_SB=own)
+            self._look_up(self.features[part], key_SB, places=places, ids_SB=own)
             counts[:, part] = [[np.count_nonzero(of[at]) for at in places] for of in (key_SB == MISSING_KEY, own == 0)]
         return Encoded(ids_SB.T, self._floats(packed).T, missing, zeros - missing)
 
@@ -173,7 +173,7 @@ class Transform:
                 keys[step["name"]] = packed.keys[:, self._key_places[step["column"]]]
         return keys
 
-    def _look_up(self, steps: Sequence[State], key_SB: Int64s, places: Sequence[slice], *, ids_SB: Int64s) -> None:
+    def _look_up(self, steps: Sequence[State], key_SB: Int64s, *, places: Sequence[slice], ids_SB: Int64s) -> None:
         """Rows of the tables of some features, whose slots lie at these places."""
         hashed: list[tuple[int, int]] = []  # slot, rows of its table
         for step, place in zip(steps, places, strict=True):

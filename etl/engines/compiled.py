@@ -39,12 +39,14 @@ def _compiled(*types: numba.types.Type) -> Callable[[Loop], Loop]:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(_: Any, slots: Any, at: Any) -> Any:
-    """Asks for a slot's line of the cache, without waiting for it."""
+def _prefetch(_: Any, slot: Any) -> Any:
+    """Asks for the cache's line of (slots, at), without waiting for it."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        first = context.make_array(signature.args[0])(context, builder, values[0]).data
-        place = builder.gep(first, [builder.shl(values[1], ir.Constant(ir.IntType(64), 1))])
+    def generate(context: Any, builder: Any, *of: Any) -> Any:
+        signature, values = of
+        slots, at = cgutils.unpack_tuple(builder, values[0])
+        first = context.make_array(signature.args[0].types[0])(context, builder, slots).data
+        place = builder.gep(first, [builder.shl(at, ir.Constant(ir.IntType(64), 1))])
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
         call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
@@ -52,7 +54,7 @@ def _prefetch(_: Any, slots: Any, at: Any) -> Any:
         builder.call(call, [builder.bitcast(place, cgutils.voidptr_t), to_read, keep, data])
         return context.get_dummy_value()
 
-    return numba.void(slots, at), generate
+    return numba.void(slot), generate
 
 
 @_inline
@@ -62,7 +64,7 @@ def _home(slots: Int64s, key: np.int64) -> np.int64:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     at: np.int64 = np.int64(z ^ (z >> np.uint64(31))) & (len(slots) - 1)
-    _prefetch(slots, at)
+    _prefetch((slots, at))
     return at
 
 
@@ -76,8 +78,9 @@ def _homes(slots: Int64s, keys: Int64s) -> Int64s:
 
 
 @_inline
-def _slot(slots: Int64s, keys: Int64s, i: int, homes: Int64s) -> np.int64:
+def _slot(slots: Int64s, turn: tuple[Int64s, int, Int64s]) -> np.int64:
     """Where key i stands, or the free slot where it would. Keys come in turn: `homes` are of those ahead."""
+    keys, i, homes = turn
     key: np.int64 = keys[i]
     at: np.int64 = homes[i & (_AHEAD - 1)]
     if i + _AHEAD < len(keys):
@@ -92,7 +95,7 @@ def _put(slots: Int64s, entries: tuple[Int64s, Int64s]) -> None:
     keys, values = entries
     homes = _homes(slots, keys)
     for i in range(len(keys)):
-        at = _slot(slots, keys, i, homes)
+        at = _slot(slots, (keys, i, homes))
         slots[at, 0], slots[at, 1] = keys[i], values[i]
 
 
@@ -100,7 +103,7 @@ def _put(slots: Int64s, entries: tuple[Int64s, Int64s]) -> None:
 def _look_up(slots: Int64s, keys: Int64s) -> Int64s:
     rows, homes = np.empty(len(keys), np.int64), _homes(slots, keys)
     for i in range(len(keys)):
-        at = _slot(slots, keys, i, homes)
+        at = _slot(slots, (keys, i, homes))
         rows[i] = slots[at, 1] if slots[at, 0] == keys[i] else 0
     return rows
 
@@ -111,7 +114,7 @@ def _count(table: tuple[Int64s, int], keys: Int64s) -> tuple[int, int]:
     slots, free = table
     homes = _homes(slots, keys)
     for i in range(len(keys)):
-        at = _slot(slots, keys, i, homes)
+        at = _slot(slots, (keys, i, homes))
         if slots[at, 0] == _FREE:
             if not free:
                 return i, 0
