@@ -27,7 +27,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=44)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="few small steps: shows that it works, no figures")
     options = parser.parse_args()
+    if options.quick:
+        options.batch_size, options.steps = 512, WARM_UP + 2
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="optimizers-") as folder:
         data, text = Path(folder, "data"), experiment("deepfm", precision="fp32")

@@ -67,7 +67,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, nargs="?")
     parser.add_argument("--vocabulary", type=int, metavar="VALUES", help="of a bundle that is made here")
+    parser.add_argument("--quick", action="store_true", help="with a vocabulary of 10,000: shows that it works")
     options = parser.parse_args()
+    if options.quick:
+        options.vocabulary = 10_000
     if (options.bundle is None) == (options.vocabulary is None):
         parser.error("name a BUNDLE, or the VALUES of --vocabulary")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

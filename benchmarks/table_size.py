@@ -5,9 +5,9 @@ that a larger table is also read at more different places. A row has 16 numbers,
 bytes, and 4 bytes of state by row-wise Adagrad (twice the row by Adam).
 
 `ms` is the median over the lines of metrics.jsonl, five steps each, the first left out, and `waited` the share of these
-steps that went into waiting for a batch. `excess` is the largest
-resident memory of the process over tables and states: the libraries, batches, activations, and what initialisation,
-evaluation and the last checkpoint took for themselves. With `--save-every` a checkpoint is also written while training
+steps that went into waiting for a batch. `excess` is the largest resident memory of the process over tables and states:
+libraries, batches, activations, and what initialisation, evaluation and the last checkpoint took for themselves. With
+`--save-every` a checkpoint is also written while training
 goes on, for which tables and states are copied. The last line is a JSON object: the slowest size over the fastest, by
 the medians of all rounds, and the largest excess in MB.
 """
@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--save-every", type=int, help="steps between checkpoints; unset: one at the end")
+    parser.add_argument("--quick", action="store_true", help="small tables, few steps: shows that it works, no figures")
     options = parser.parse_args()
+    if options.quick:
+        options.rows, options.batch_size, options.steps, options.rounds = [1e5, 1e6], 512, 4 * LINE_STEPS, 1
     found: dict[float, list[float]] = {rows: [] for rows in options.rows}
     excesses = []
     with tempfile.TemporaryDirectory(prefix="table-size-") as folder:

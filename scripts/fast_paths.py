@@ -17,10 +17,7 @@ from accuracy import ROOT, figures
 LAZY = ["embedding.optimizer=adam", "embedding.learning_rate=0.001"]
 ROWWISE = ["embedding.optimizer=rowwise_adagrad", "embedding.learning_rate=0.02"]
 FRAPPE_LAZY = ["embedding.update=touched", "embedding.l2_scope=batch", "embedding.l2=0.05"]
-FRAPPE_ROWWISE = [
-    "embedding.update=touched", "embedding.l2_scope=batch", "embedding.l2=0.05", "embedding.optimizer=rowwise_adagrad",
-    "embedding.learning_rate=0.05",
-]  # fmt: skip
+FRAPPE_ROWWISE = [*FRAPPE_LAZY, "embedding.optimizer=rowwise_adagrad", "embedding.learning_rate=0.05"]
 REFERENCE = "Adam on every row"
 WAYS = {
     "adult": {

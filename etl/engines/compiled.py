@@ -60,7 +60,7 @@ def _prefetch(_: Any, slot: Any) -> Any:
 @_inline
 def _home(slots: Int64s, key: np.int64) -> np.int64:
     """The slot where a key's search begins; it is on its way to the cache from now on."""
-    z = np.uint64(key) + np.uint64(0x9E3779B97F4A7C15)  # as `etl.transform.mix`
+    z = np.uint64(key) + np.uint64(0x9E3779B97F4A7C15)  # as `etl.lookup.mix`
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     at: np.int64 = np.int64(z ^ (z >> np.uint64(31))) & (len(slots) - 1)
