@@ -111,6 +111,9 @@ class Data(Section):
     test: list[str] = Field([], description="test files; empty: [data.split] divides the training files")
     columns: list[str] = Field([], description="csv and tsv: column names of files without a header line")
     group: str | None = Field(None, description="a whole-number or text column, such as the user, for AUC by group")
+    weight: str | None = Field(
+        None, description="a column of numbers from 0 on: how often a row counts"
+    )
     null_values: list[str] = Field([""], description="texts that mean missing, compared after trimming")
     comment: str | None = Field(None, min_length=1, description="lines that start with this text are skipped")
     trim: bool = Field(True, description="remove spaces around each value")

@@ -12,7 +12,7 @@ from etl.data_spec import History
 from etl.faults import Fault
 from etl.formats import raw_batches
 from etl.pack import ARROW, inner_type, text_keys, typed_column, without_nan
-from etl.schema import GROUP
+from etl.schema import GROUP, WEIGHT
 from etl.spec import Bag, FeatureSpec, Task, column_of, resolve
 from etl.threads import in_order
 from etl.times import WHOLE, clock
@@ -37,7 +37,8 @@ class Reader:
     def batches(self, paths: Sequence[Path]) -> Iterator[pa.RecordBatch]:
         """Batches of all feature columns, typed and named as in the raw files, and beside them
 
-        - `label:<task>`, float32; `group:`, int64, where the spec names a group; `day:`, see `labels`;
+        - `label:<task>`, float32; `group:`, int64, if the spec names a group; `weight:`, float32, if it names one;
+        - `day:`, see `labels`;
         - `split:`, int64, the time or the group by which rows are divided;
         - `history:<i>:user` (int64 key), `history:<i>:time` (int64), `history:<i>:event` (bool) of each history;
         - `negatives:user`, text, where draws depend on the user.
@@ -104,7 +105,7 @@ class Reader:
     def _needed(self) -> list[str]:
         data = self._spec.data
         negatives, split = data.negatives, data.split
-        names: list[str | None] = [*self._file_columns, data.group]
+        names: list[str | None] = [*self._file_columns, data.group, data.weight]
         names += [*self._label_columns, self._day]
         names += [split.column if data.divided else None, negatives.user if negatives else None]
         for history in data.histories:
@@ -149,10 +150,12 @@ class Reader:
         return columns | {DAY: pa.array(days)}
 
     def _extras(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
-        """The group, and what rows are divided by."""
+        """The group, the weight, and what rows are divided by."""
         data, columns = self._spec.data, {}
         if data.group:
             columns[GROUP] = pa.array(text_keys(_texts(batch[data.group], name=data.group, place=place)))
+        if data.weight:
+            columns[WEIGHT] = _weights(batch[data.weight], name=data.weight, place=place)
         column = data.split.column
         if data.divided and column is not None and data.split.by == "time":
             columns[SPLIT] = pa.array(self._times(batch[column], name=column, place=place))
@@ -197,6 +200,17 @@ def _texts(column: pa.Array, *, name: str, place: str) -> pa.Array:
         wanted, remedy = "whole numbers or text", "write the column as int64, with nulls where it has no value"
         raise Fault(f"{place}, column '{name}'", got=str(kind), wanted=wanted, remedy=remedy)
     return column.cast(pa.large_string())
+
+
+def _weights(column: pa.Array, *, name: str, place: str) -> pa.Array:
+    """How often each row counts, float32. Raises Fault on what is missing, negative, or infinite as float32."""
+    weights = _typed(column, name=name, dtype="float64", place=place).cast(pa.float32(), safe=False)
+    sound = pc.and_(pc.greater_equal(weights, 0.0), pc.is_finite(weights)).fill_null(False)
+    if not pc.all(sound, min_count=0).as_py():
+        bad = pc.index(sound, False).as_py()
+        got, remedy = f"{column[bad].as_py()!r} as weight {bad + 1} of these", "mend the file, or drop data.weight"
+        raise Fault(f"{place}, column '{name}'", got=got, wanted="a number from 0 on in each row", remedy=remedy)
+    return weights
 
 
 def _events(batch: pa.RecordBatch, history: History, *, place: str) -> pa.Array:

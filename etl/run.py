@@ -22,7 +22,7 @@ from etl.extend import Parent, extends, record
 from etl.faults import Fault
 from etl.folds import OutOfFold
 from etl.formats import files
-from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
+from etl.schema import GROUP, WEIGHT, DenseFeature, Schema, TaskColumn
 from etl.spec import Etl, FeatureSpec, Task
 from etl.splits import SPLITS
 from etl.stage import stage
@@ -58,6 +58,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
             tables=tuple(tables),
             tasks=tuple(_task(task, rate=typed["train"].labels.rates[task.name]) for task in spec.tasks),
             group=spec.data.group is not None,
+            weight=spec.data.weight is not None,
         )
         schema.write(folder)
         from etl.engines.compiled import CompiledVocabulary
@@ -137,6 +138,7 @@ def _encode(
     names = [feature.name for feature in schema.features]
     missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
     out_of_fold = OutOfFold.load(shards.folder.parent) if split == "train" else None
+    beside = {GROUP: spec.data.group, WEIGHT: spec.data.weight}
 
     def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
         first, batch = part
@@ -145,7 +147,7 @@ def _encode(
         columns = encoded_columns(encoded, schema)
         columns |= out_of_fold.columns(raw, first_row=first) if out_of_fold else {}
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
-        columns |= {GROUP: batch[GROUP]} if spec.data.group else {}
+        columns |= {name: batch[name] for name, given in beside.items() if given}
         whole = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
         return encoded, pa.table(columns, schema=whole)
 

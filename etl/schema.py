@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from etl.artifact import read_json, write_json
 from etl.faults import Fault
 
-GROUP = "group:"
+GROUP, WEIGHT = "group:", "weight:"
 
 
 class _Record(BaseModel):
@@ -64,7 +64,10 @@ class TaskColumn(_Record):
 
 
 class Schema(_Record):
-    """The one contract between the ETL, training and serving. `group`: shards have an int64 column `group:`."""
+    """The one contract between the ETL, training and serving.
+
+    `group`: shards have an int64 column `group:`. `weight`: a float32 column `weight:`, how often a row counts.
+    """
 
     version: Literal[1] = 1
     features: tuple[IdFeature, ...]
@@ -72,6 +75,7 @@ class Schema(_Record):
     tables: tuple[Table, ...]
     tasks: tuple[TaskColumn, ...]
     group: bool = False
+    weight: bool = False
 
     def rows(self, table: str) -> int:
         """Rows of one table."""

@@ -20,7 +20,7 @@ import torch
 
 from etl.artifact import read_json
 from etl.faults import Fault
-from etl.schema import GROUP, Schema, read_schema
+from etl.schema import GROUP, WEIGHT, Schema, read_schema
 from recsys.ahead import ahead
 from recsys.shards import REMEDY, Int64s, RowGroup, Rows, check_ids, fill, row_groups, values_of
 
@@ -34,9 +34,9 @@ class Batch:
     """This rank's rows of one step: ids and groups int64, the rest float32.
 
     `weights_BT` is 1 where a row counts for a task and 0 where it does not: on rows that fill up the last step (copies
-    of its real rows, so that batch statistics stay sound) and where the task's condition does not hold. `global_rows`
-    counts the real rows of the step over all ranks. `numbers_B` says which rows of the split these are; it stays on the
-    CPU and is None where the rows come from no split.
+    of its real rows, so that batch statistics stay sound) and where the task's condition does not hold. Where the data
+    weighs rows, it is a row's weight in place of 1. `global_rows` counts the real rows of the step over all ranks.
+    `numbers_B` says which rows of the split these are; it stays on the CPU, and is None for rows of no split.
     """
 
     ids_BS: torch.Tensor
@@ -180,8 +180,8 @@ class Split:
     def _decode(self, group: RowGroup, into: Rows) -> None:
         schema, file = self._schema, pq.ParquetFile(group.file)
         of_ids = [f"{feature.name}:value" for feature in schema.features if feature.weighted]
-        groups = [GROUP] if schema.group else []
-        names = [*schema.id_names, *schema.dense_names, *of_ids, *schema.task_names, *groups]
+        groups, weights = [GROUP] if schema.group else [], [WEIGHT] if schema.weight else []
+        names = [*schema.id_names, *schema.dense_names, *of_ids, *schema.task_names, *groups, *weights]
         if absent := sorted(set(names) - set(file.schema_arrow.names)):
             raise Fault(str(group.file), got=f"no column {', '.join(absent)}", wanted="the schema's", remedy=REMEDY)
         table = file.read_row_group(group.index, columns=names, use_threads=False)
@@ -200,6 +200,8 @@ class Split:
             into.labels_RT[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
         for at, name in enumerate(groups):
             into.groups_RG[:, at] = values_of(table, name, place=group.file, dtype=pa.int64())
+        for at, name in enumerate(weights):
+            into.weights_RW[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
         self._check_finite(into.floats_RN, schema.float_names, first=group.first)
         self._check_finite(into.labels_RT, schema.task_names, first=group.first)
         into.numbers_R[:] = np.arange(group.first, group.first + group.rows)
@@ -208,9 +210,10 @@ class Split:
         """This rank's rows of one step; copies of them fill it up, of which none counts."""
         place_B = np.arange(mine.batch_size)
         own = rows if len(rows.ids_RS) == mine.batch_size else rows.take(place_B % len(rows.ids_RS))
-        ids, floats, labels, groups, numbers = (torch.from_numpy(part) for part in own)
+        ids, floats, labels, groups, row_weights, numbers = (torch.from_numpy(part) for part in own)
         real_B = torch.from_numpy((place_B < real).astype(np.float32))
-        weights = real_B[:, None].repeat(1, len(self._schema.tasks))
+        of_rows = real_B[:, None] * row_weights if self._schema.weight else real_B[:, None]
+        weights = of_rows.repeat(1, len(self._schema.tasks))
         for at, task in enumerate(self._schema.tasks):
             if task.given is not None:
                 weights[:, at] *= labels[:, self._schema.task_names.index(task.given)]

@@ -28,7 +28,8 @@ class RowGroup:
 
 
 class Rows(NamedTuple):
-    """Rows in memory: ids int64 [R, S], floats float32 [R, N], labels float32 [R, T], groups int64 [R, 1 or 0].
+    """Rows in memory: ids int64 [R, S], floats float32 [R, N], labels float32 [R, T], groups int64 [R, 1 or 0],
+    weights float32 [R, 1 or 0].
 
     `numbers_R` int64 counts the rows of the split in file order.
     """
@@ -37,6 +38,7 @@ class Rows(NamedTuple):
     floats_RN: npt.NDArray[np.float32]
     labels_RT: npt.NDArray[np.float32]
     groups_RG: Int64s
+    weights_RW: npt.NDArray[np.float32]
     numbers_R: Int64s
 
     @classmethod
@@ -47,6 +49,7 @@ class Rows(NamedTuple):
             np.zeros((rows, len(schema.float_names)), np.float32),
             np.empty((rows, len(schema.tasks)), np.float32),
             np.empty((rows, 1 if schema.group else 0), np.int64),
+            np.empty((rows, 1 if schema.weight else 0), np.float32),
             np.empty(rows, np.int64),
         )
 

@@ -74,6 +74,7 @@ ARROW: dict[str, Any] = {"format": "parquet", "train": ["train.parquet"], "valid
 ARROW |= {"test": ["train.parquet"]}
 SVM: dict[str, Any] = {"format": "libsvm", "train": ["train.svm"], "valid": ["train.svm"], "test": ["train.svm"]}
 IDS = [{"type": "bag", "column": "ids", "dtype": "int64", "weight_column": "values", "max_length": 3}]
+ITEM = {"type": "categorical", "name": "item", "dtype": "int64"}
 LABEL = "u,1,1,a,1,"
 FIRST = "train.csv: rows 1 to 2"
 PARQUET = "train.parquet: rows 1 to 2"
@@ -114,6 +115,10 @@ CASES = [
          f"{PARQUET}, column 'values'", "null, NaN or infinity", "a finite weight an id", ARROW, IDS),
     Case("a group of floats", parquet(), f"{PARQUET}, column 'price'", "double", "whole numbers or text",
          ARROW | {"group": "price"}),
+    Case("a weight below 0", rows("u,1,-1,a,1,1", LABEL + "0"), f"{FIRST}, column 'price'", "'-1' as weight 1",
+         "a number from 0 on", {"weight": "price"}, [ITEM]),
+    Case("no weight in a row", rows(LABEL + "1", "u,1,,a,1,0"), f"{FIRST}, column 'price'", "None as weight 2",
+         "a number from 0 on", {"weight": "price"}, [ITEM]),
     Case("no time in a row", rows(LABEL + "1", "u,1,1,a,,0"), f"{FIRST}, column 'time'", "no value in row 2", "times",
          {"histories": [HISTORY]}, [PAST]),
     Case("a time that is none", rows(LABEL + "1", "u,1,1,a,soon,0"), f"{FIRST}, column 'time'", "soon", "ISO 8601",

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from etl.cli import app
 from etl.run import run, up_to_date
+from etl.schema import read_schema
 from etl.sources import read_rows
 from etl.spec import FeatureSpec
 
@@ -106,6 +107,23 @@ def test_the_split_depends_on_seed_and_position_alone(folder: Path) -> None:
 
     assert users("a", seed=1) == users("b", seed=1)
     assert users("c", seed=2) != users("a", seed=1)
+
+
+def test_a_column_of_weights_goes_beside_the_rows_in_every_split(folder: Path) -> None:
+    """As text and as typed parquet; the same column may be a feature too."""
+    rows = pl.read_csv("test.csv").select(pl.all().cast(pl.Float64, strict=False).fill_null(1.5).name.keep())
+    rows = rows.select(user=pl.col("user").cast(pl.Int64), weight=pl.col("age"), click=pl.col("click"))
+    rows.write_csv("weighed.csv")
+    rows.write_parquet("weighed.parquet")
+    for form in ("csv", "parquet"):
+        files = {name: [f"weighed.{form}"] for name in ("train", "valid", "test")}
+        data = files | {"format": form, "weight": "weight"}
+        spec = {"tasks": SPEC["tasks"], "features": SPEC["features"][:1], "data": data}
+        run(FeatureSpec.model_validate(spec), Path(form), report=silent)
+        for split in files:
+            held = pl.read_parquet(f"{form}/{split}/*.parquet")
+            assert held["weight:"].dtype == pl.Float32 and held["weight:"].to_list() == rows["weight"].to_list()
+        assert read_schema(Path(form)).weight
 
 
 def test_shards_hold_every_row_once(folder: Path) -> None:

@@ -18,6 +18,8 @@ from etl.faults import Fault
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
 from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.experiment import Experiment
+from recsys.loss import mean_loss
+from recsys.network import Scored
 from recsys.shards import RowGroup, Rows
 
 TOTAL = 3000
@@ -155,6 +157,22 @@ def test_lists_values_conditions_and_groups_are_read(tmp_path: Path) -> None:
     assert batch.floats_BN.tolist() == [[0, 0, 0, 0], [1, 0.5, 2, 0]]
     assert batch.weights_BT.tolist() == [[1, 0], [1, 1]]
     assert batch.groups_BG.tolist() == [[2**62], [-1]]
+
+
+def test_a_rows_weight_multiplies_what_counts(tmp_path: Path) -> None:
+    tasks = tuple(TaskColumn(name=n, positive_rate=0.5, given=g) for n, g in (("click", None), ("buy", "click")))
+    schema = SCHEMA.model_copy(update={"tasks": tasks, "weight": True})
+    columns = {"x": [0, 1, 2], "click": [0, 1, 1], "buy": [0, 1, 0], "weight:": [0.5, 3, 0]}
+    floats = {name: pa.array(values, pa.float32()) for name, values in columns.items()}
+    pq.write_table(pa.table({"row": [7, 8, 9], **floats}), tmp_path / "part-0.parquet")
+    (batch,) = Split(tmp_path, schema).in_file_order(Slice(0, 1, 4))
+    assert batch.weights_BT.tolist() == [[0.5, 0], [3, 3], [0, 0], [0, 0]]
+    assert batch.real_B.tolist() == [1, 1, 1, 0]
+    scored = Scored(torch.tensor([[0.3, -1.0], [1.0, 2.0], [0.5, 0.5], [9.0, 9.0]]), torch.zeros(4))
+    _, loss = mean_loss(scored, batch, task_weights_T=torch.ones(2), ranks=1)
+    p = scored.logits_BT.sigmoid()
+    wanted = -(0.5 * (1 - p[0, 0]).log() + 3 * p[1, 0].log() + 3 * p[1, 1].log()) / 3
+    torch.testing.assert_close(loss, wanted)
 
 
 def write_files(folder: Path, sizes: list[int], *, group_rows: int) -> Split:
