@@ -95,7 +95,7 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     try:
         with states_shown(tables, embedding):
-            planner.plan(network, [sharder_of(embedding, hardware.device)])
+            planner.plan(network, sharder_of(embedding, hardware.device))
     except PlannerError:
         raise too_large(configs.values(), embedding, hardware=hardware, reserved=reserved) from None
     shards = tuple(_shards(kept.options, configs, embedding=embedding))

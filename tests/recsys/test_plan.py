@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from etl.experiment_file import load
 from etl.faults import Fault, Faults
 from etl.schema import Schema, Table
 from recsys.cli import app
+from recsys.experiment import Experiment
 from recsys.learner import Learner
 from recsys.network import build_network
 from recsys.parallel.plan import Plan, make_plan
@@ -23,6 +25,7 @@ from recsys.plan_options import PlanOptions
 from tests.recsys.conftest import RAW, SCHEMA, experiment
 
 pytestmark = pytest.mark.usefixtures("quiet")
+ROOT = Path(__file__).parents[2]
 ADAGRAD: dict[str, Any] = {"optimizer": "adagrad"}
 H100S = Hardware(16, 2, "cuda", 80 * GIB, 2048 * GIB)
 
@@ -106,6 +109,20 @@ def test_what_spills_lies_in_host_memory_behind_a_cache() -> None:
     assert plan.ranks[owner].hbm["cache"] >= 1_000_000 * (48 + 16) + 40_000_000
 
 
+def scale() -> tuple[Experiment, Schema]:
+    """The model of 800 GB, left to the planner."""
+    found = load(ROOT / "experiments/criteo/scale.toml", overrides=[], into=Experiment)
+    return found, schema_for(found, Path("none"), rows={})
+
+
+def test_tables_spill_only_where_they_do_not_fit() -> None:
+    chosen, schema = scale()
+    assert {shard.memory for shard in make_plan(chosen, schema, hardware=H100S).shards} == {"own"}
+    fewer = make_plan(chosen, schema, hardware=Hardware(8, 1, "cuda", 80 * GIB, 2048 * GIB))
+    spilled = {shard.table for shard in fewer.shards if shard.memory == "uvm_caching"}
+    assert {"C1", "C2", "C3", "C4"} <= spilled and spilled.isdisjoint({"C17", "C26"})
+
+
 def test_what_cannot_fit_is_named_with_what_would_help() -> None:
     chosen = experiment(embedding=ADAGRAD | {"sharding": "table_wise", "dim": 128})
     with pytest.raises(Fault) as fault:
@@ -136,7 +153,7 @@ def test_caches_are_planned_for_rows_that_are_fetched_ahead() -> None:
     chosen = experiment(embedding=ADAGRAD | behind, train={"device": "cuda"})
     network = build_network(chosen, SCHEMA, table_device="meta")
     planner = planner_of(network.tables, chosen.embedding, hardware=H100S, batch_size=256)
-    tables = planner.plan(network, [sharder_of(chosen.embedding, "cuda")]).plan["tables"]
+    tables = planner.plan(network, sharder_of(chosen.embedding, "cuda")).plan["tables"]
     assert tables.keys() == {"user", "item", "pair"}
     for table in tables.values():
         assert table.compute_kernel == "fused_uvm_caching"
