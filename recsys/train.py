@@ -73,7 +73,7 @@ class Trainer:
         self.checkpoints, self.run, self.world, self.report = checkpoints, checkpoints.run, world, report
         self.tasks, self.progress = schema.task_names, Progress(seed=experiment.seed)
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
-        self.mine = Slice(world.rank, world.size, self.settings.batch_size * self.settings.accumulate)
+        self.mine = Slice(world.rank, world.size, self.settings.rank_rows)
         self.learner = Learner(experiment, schema, world=world)
         sharded, clock = self.learner.sharded, self.learner.clock
         self.ids_ahead = IdsAhead(sharded, clock=clock) if world.size > 1 or sharded.cached else None

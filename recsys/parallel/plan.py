@@ -55,7 +55,10 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan; `hbm_limit` and `ddr_limit` are what a rank may use, in bytes, headroom taken off."""
+    """A whole plan; `hbm_limit` and `ddr_limit` are what a rank may use, in bytes, headroom taken off.
+
+    `batch_size` are the rows of a rank in one step.
+    """
 
     hardware: Hardware
     batch_size: int
@@ -82,7 +85,7 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     Raises:
         Fault: it does not fit; the largest tables and what would help are named.
     """
-    embedding, batch_size = experiment.embedding, experiment.train.batch_size
+    embedding, batch_size = experiment.embedding, experiment.train.rank_rows
     network = build_network(experiment, schema, table_device="meta")
     dense = dense_bytes(experiment, network, schema=schema)
     tables = network.tables = resized(network.tables, embedding)
@@ -160,22 +163,25 @@ def _ranks(
     hardware: Hardware,
     dense: Dense,
 ) -> Iterator[RankPlan]:
-    embedding, batch_size = experiment.embedding, experiment.train.batch_size
+    embedding, rows = experiment.embedding, experiment.train.rank_rows
     slots = {name: len(config.feature_names) for name, config in configs.items()}
     width = sum(slots[name] * config.embedding_dim for name, config in configs.items())
     held: dict[int, list[ShardPlan]] = {rank: [] for rank in range(hardware.ranks)}
     for shard in shards:
         held[shard.rank].append(shard)
+    # Those of the next step travel while this one computes, on several ranks and into caches.
+    ids = _ID_BYTES * (2 if hardware.ranks > 1 or any(shard.memory == "uvm_caching" for shard in shards) else 1)
+    # In order and as they came, both kept for the backward pass; of steps in parts also the parts' gradients, joined.
+    copies = 2 if experiment.train.accumulate == 1 else 4
     for rank, own in held.items():
         parts = [_tables_bytes(shard, embedding, shards_slots=slots[shard.table]) for shard in own]
-        looked = sum(_lookup_bytes(s, slots[s.table], hardware=hardware, batch_size=batch_size) for s in own)
-        # In order and as they came, both kept for the backward pass; ids of this rank's rows.
-        looked += 2 * batch_size * width * 4 + batch_size * sum(slots.values()) * _ID_BYTES
+        looked = sum(_lookup_bytes(s, rows * slots[s.table], hardware=hardware, ids=ids) for s in own)
+        looked += rows * (copies * width * 4 + sum(slots.values()) * ids)
         device = _sum(parts, "own") | {"lookups": looked} | dense.device(hardware.device)
         host = _sum(parts, "host") | dense.host(hardware.device)
         if experiment.train.saves_midway:  # from a copy
             host["checkpoint"] = sum(s.weight_bytes + s.state_bytes for s in own)
-        sent = sum(_sent_bytes(s, slots[s.table], embedding=embedding, hardware=hardware, rows=batch_size) for s in own)
+        sent = sum(_sent_bytes(s, slots[s.table], embedding=embedding, hardware=hardware, rows=rows) for s in own)
         sent += int(2 * dense.gradients * (hardware.ranks - 1) / hardware.ranks)
         cpu = hardware.device == "cpu"
         ddr = {name: device.get(name, 0) + host.get(name, 0) for name in device | host} if cpu else host
@@ -203,14 +209,16 @@ def _tables_bytes(shard: ShardPlan, embedding: Embedding, *, shards_slots: int) 
     return {"own": {"cache": cached * (row_bytes + 16) + shard.rows * 4}, "host": whole}
 
 
-def _lookup_bytes(shard: ShardPlan, slots: int, *, hardware: Hardware, batch_size: int) -> int:
-    """Ids that come to a shard from all ranks, and what is looked up for them before it is sent back."""
+def _lookup_bytes(shard: ShardPlan, lookups: int, *, hardware: Hardware, ids: int) -> int:
+    """Ids that come to a shard from all ranks, and what is looked up for them before it is sent back.
+
+    A rank makes so many `lookups` of the table; `ids` are the bytes of an id.
+    """
     if shard.sharding == "data_parallel":
-        return batch_size * slots * shard.columns * 4
-    rows = batch_size * hardware.ranks
+        return lookups * shard.columns * 4
     parts = {"row_wise": hardware.ranks}.get(shard.sharding, hardware.ranks_per_host)
     share = 1 / parts if shard.sharding in _ROW_CUTS else 1.0
-    return int(rows * slots * (share * _ID_BYTES + shard.columns * 4))
+    return int(hardware.ranks * lookups * (share * ids + shard.columns * 4))
 
 
 def _sent_bytes(shard: ShardPlan, slots: int, *, embedding: Embedding, hardware: Hardware, rows: int) -> int:

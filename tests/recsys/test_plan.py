@@ -147,6 +147,39 @@ def test_a_batch_that_does_not_fit_is_told_apart_from_tables_that_do_not() -> No
         make_plan(experiment(train={"batch_size": 200_000_000}), SCHEMA, hardware=H100S)
 
 
+def test_the_parts_of_a_step_are_looked_up_at_once_and_pass_the_head_one_after_the_other() -> None:
+    train = {"batch_size": 4096, "accumulate": 4}
+    whole, parts = (make_plan(experiment(train=own), SCHEMA, hardware=H100S) for own in ({"batch_size": 4096}, train))
+    large = make_plan(experiment(train={"batch_size": 4 * 4096}), SCHEMA, hardware=H100S)
+    assert (whole.batch_size, parts.batch_size) == (4096, 4 * 4096)
+    few, several, many = (plan.ranks[0].hbm for plan in (whole, parts, large))
+    assert several["activations"] == few["activations"] < many["activations"]
+    assert several["batches"] == many["batches"] == 4 * few["batches"]
+    assert several["lookups"] > many["lookups"] == 4 * few["lookups"]
+    assert parts.ranks[0].sent_bytes > 2 * whole.ranks[0].sent_bytes
+
+
+def test_ids_of_two_steps_are_there_at_once_on_several_ranks() -> None:
+    """An id takes 12 bytes, on the rank that asks and on the one that holds the rows."""
+
+    def lookups(ranks: int) -> int:
+        hardware = Hardware(ranks, 1, "cuda", 80 * GIB, 2048 * GIB)
+        chosen = experiment(train={"batch_size": 100}, embedding={"sharding": "row_wise"})
+        return make_plan(chosen, SCHEMA, hardware=hardware).ranks[0].hbm["lookups"]
+
+    slots, width = 3, 12 + 12 + 4
+    assert lookups(1) == 100 * (2 * slots * 12 + 3 * width * 4)
+    assert lookups(2) == 100 * (2 * 2 * slots * 12 + 4 * width * 4)
+
+
+def test_training_asks_the_planner_for_all_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("recsys.learner.shard", lambda *given, **named: asked.append(named["batch_size"]) or 1 / 0)
+    with open_world("cpu") as world, pytest.raises(ZeroDivisionError):
+        Learner(experiment(train={"batch_size": 32, "accumulate": 3}), SCHEMA, world=world)
+    assert asked == [96]
+
+
 def test_caches_are_planned_for_rows_that_are_fetched_ahead() -> None:
     """Without that FBGEMM would bring a step's update to the places where the rows were before the fetch."""
     behind = {"placement": "uvm_caching", "cache_share": 0.3}
