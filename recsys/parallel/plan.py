@@ -257,7 +257,9 @@ def too_large(
     if not room:
         remedies.append("lower train.batch_size")
     else:
-        remedies.append(f"take {-(-int(total * 1.1) // room)} ranks or more")
+        ranks = max(-(-int(total * 1.1) // room), hardware.ranks + 1)
+        hosts = -(-ranks // hardware.ranks_per_host)
+        remedies.append(f"take {hosts * hardware.ranks_per_host} ranks or more")
     if cuda and total < hardware.ranks * hardware.ddr_bytes // hardware.ranks_per_host * (1 - HEADROOM):
         remedies.append("let tables spill into host memory (placement 'uvm_caching')")
     if not embedding.rowwise and state_count(embedding):

@@ -1,6 +1,7 @@
 """Plans for hardware that is not there: every row is held once, bytes add up, and what cannot fit is named."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,10 +110,10 @@ def test_what_spills_lies_in_host_memory_behind_a_cache() -> None:
     assert plan.ranks[owner].hbm["cache"] >= 1_000_000 * (48 + 16) + 40_000_000
 
 
-def scale() -> tuple[Experiment, Schema]:
+def scale(*overrides: str, rows: dict[str, int] | None = None) -> tuple[Experiment, Schema]:
     """The model of 800 GB, left to the planner."""
-    found = load(ROOT / "experiments/criteo/scale.toml", overrides=[], into=Experiment)
-    return found, schema_for(found, Path("none"), rows={})
+    found = load(ROOT / "experiments/criteo/scale.toml", overrides=overrides, into=Experiment)
+    return found, schema_for(found, Path("none"), rows=rows or {})
 
 
 def test_tables_spill_only_where_they_do_not_fit() -> None:
@@ -232,9 +233,36 @@ def test_text_and_picture_show_all_ranks(tmp_path: Path) -> None:
 def test_options_that_do_not_fit_together_are_refused(options: PlanOptions) -> None:
     with pytest.raises(Faults):
         _ = options.host_count
-    assert PlanOptions(world_size=1024).host_count == 128
     with pytest.raises(Faults):
         PlanOptions(rows=["item=many"]).row_counts()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts"), [(1, 1), (7, 1), (8, 1), (9, 3), (10, 2), (12, 2), (13, 13), (15, 3), (100, 20), (1024, 128)]
+)
+def test_hosts_are_the_fewest_of_at_most_8_ranks(ranks: int, hosts: int) -> None:
+    assert PlanOptions(world_size=ranks).host_count == hosts
+
+
+def test_what_a_remedy_says_can_be_planned_and_fits() -> None:
+    chosen, schema = scale("embedding.placement=hbm")
+    with pytest.raises(Fault) as fault:
+        make_plan(chosen, schema, hardware=Hardware(8, 1, "cuda", 80 * GIB, 2048 * GIB))
+    said = re.search(r"take (\d+) ranks or more", str(fault.value))
+    assert said and int(said[1]) == 16
+    plan = make_plan(chosen, schema, hardware=H100S)
+    assert all(sum(rank.hbm.values()) <= plan.hbm_limit for rank in plan.ranks)
+
+
+@pytest.mark.slow
+def test_1024_ranks_are_planned() -> None:
+    """10 TB: four tables larger than a host, which all ranks share."""
+    chosen, schema = scale("train.batch_size=1024", rows=dict.fromkeys(("C1", "C2", "C3", "C4"), 4_500_000_000))
+    plan = make_plan(chosen, schema, hardware=Hardware(1024, 128, "cuda", 80 * GIB, 2048 * GIB))
+    assert {s.sharding for s in plan.shards if s.table == "C1"} == {"row_wise"}
+    for table, rows in plan.tables.items():
+        assert sum(s.rows * s.columns for s in plan.shards if s.table == table) == rows * 128
+    assert all(sum(rank.hbm.values()) <= plan.hbm_limit for rank in plan.ranks)
 
 
 def test_the_command(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
