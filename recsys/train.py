@@ -18,6 +18,8 @@ from recsys.failure import LossGuard
 from recsys.learner import Learner
 from recsys.metrics import Metrics
 from recsys.parallel.pipeline import IdsAhead
+from recsys.parallel.plan import make_plan
+from recsys.parallel.sharders import hardware_here
 from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, average_buffers, barrier, from_all, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
@@ -34,13 +36,15 @@ def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> J
     `report` hears of each logged step and evaluation, on rank 0. Returns what `result.json` holds.
 
     Raises:
-        Fault: the dataset folder is stale or broken, the run folder is another experiment's, or a package is missing.
+        Fault: the dataset folder is stale or broken, the run folder is another experiment's, a package is missing, or
+            a rank has less memory than the plan says.
     """
     schema, settings = open_dataset(data, experiment.data_hash()), experiment.train
     if settings.tensorboard:
         require_tensorboard()
     with open_world(settings.device, dead_after_s=settings.dead_after_s) as world:
         if world.rank == 0:
+            make_plan(experiment, schema, hardware=hardware_here(world))  # refuses what does not fit
             open_run(run, experiment, schema=schema, data=data)
         barrier()
         with Checkpoints(run, world=world, keep=settings.keep) as checkpoints:

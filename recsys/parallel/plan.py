@@ -4,6 +4,7 @@ TorchRec's planner chooses; the bytes are counted here, from the shards it made 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,11 +117,19 @@ def _check_limits(plan: Plan) -> None:
     for rank in plan.ranks:
         for name, held, limit in (("GPU", rank.hbm, plan.hbm_limit), ("host", rank.ddr, plan.ddr_limit)):
             if sum(held.values()) > limit:
-                parts = sorted(((size, part) for part, size in held.items()), reverse=True)[:3]
-                named = ", ".join(f"{part} {size / GIB:,.1f}" for size, part in parts)
-                got = f"rank {rank.rank} with {sum(held.values()) / GIB:,.1f} GiB of {name} memory, {named} the most"
+                parts = ", ".join(f"{part} {size / GIB:,.1f}" for part, size in _largest(held).items())
+                tables = Counter[str]()
+                for shard in plan.shards:
+                    tables[shard.table] += (shard.weight_bytes + shard.state_bytes) * (shard.rank == rank.rank)
+                named = ", ".join(f"'{table}' {size / GIB:,.1f}" for table, size in _largest(+tables).items())
+                got = f"rank {rank.rank} with {sum(held.values()) / GIB:,.1f} GiB of {name} memory, {parts} the most"
+                got += f"; of its tables {named}" if named else ""
                 remedy = "lower train.batch_size, take more ranks, or cut the rows of the largest tables"
                 raise Fault("plan", got=got, wanted=f"at most {limit / GIB:,.1f} GiB", remedy=remedy)
+
+
+def _largest(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {name: sizes[name] for name in sorted(sizes, key=lambda name: -sizes[name])[:3]}
 
 
 def state_bytes(embedding: Embedding, table: str, *, rows: int, columns: int) -> int:
@@ -251,7 +260,7 @@ def too_large(
     cuda = hardware.device == "cuda"
     capacity = hardware.hbm_bytes if cuda else hardware.ddr_bytes // hardware.ranks_per_host
     room, total = max(int(capacity * (1 - HEADROOM)) - reserved, 0), sum(sizes.values())
-    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    largest = list(_largest(sizes))
     uncut = [n for n in largest if sizes[n] > room and embedding.of(n).sharding in ("table_wise", "data_parallel")]
     remedies = [f"cut the rows of {', '.join(uncut)} (sharding 'row_wise')"] if uncut else []
     if not room:

@@ -23,6 +23,7 @@ from recsys.parallel.sharders import Hardware, planner_of, sharder_of
 from recsys.parallel.world import open_world
 from recsys.plan import GIB, as_json, as_text, schema_for, write_picture
 from recsys.plan_options import PlanOptions
+from recsys.train import train
 from tests.recsys.conftest import RAW, SCHEMA, experiment
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -141,6 +142,19 @@ def test_a_plan_at_its_limit_fits_and_one_rank_less_does_not() -> None:
     assert all(sum(rank.hbm.values()) <= plan.hbm_limit for rank in plan.ranks)
     with pytest.raises(Fault, match=r"take \d+ ranks or more"):
         make_plan(chosen, large, hardware=Hardware(10, 1, "cuda", 80 * GIB, 2048 * GIB))
+
+
+def test_what_the_planner_does_not_count_has_to_fit_as_well(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables that fit beside the head, but not beside what they look up; said before training makes anything."""
+    chosen = experiment(train={"batch_size": 3_000_000}, embedding={"sharding": "table_wise"})
+    enough = sum(make_plan(chosen, SCHEMA, hardware=Hardware(1, 1, "cpu", 0, 80 * GIB)).ranks[0].ddr.values())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=int(enough / 0.9) - 10_000))
+    with pytest.raises(Fault) as fault:
+        train(chosen, data=dataset, run=tmp_path / "run", report=lambda line: None)
+    assert re.search(r"rank 0 with .* of host memory, .*lookups .* the most; of its tables 'pair' ", str(fault.value))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_does_not_fit_is_told_apart_from_tables_that_do_not() -> None:
