@@ -29,7 +29,8 @@ _CHANCE = math.log(2)
 
 
 class LossGuard:
-    """Looks at each batch's loss before anything moves; on CUDA, where looking means waiting, at each logged step.
+    """Looks at each batch's loss before anything moves; on CUDA, where looking means waiting, at each logged step: what
+    is not finite in between is found before anything is saved or logged (`passed_unseen`).
 
     `usual` is the running mean of the logloss of this rank's rows. What is wrong: a loss that is not finite, or one of
     more than `train.spike` times the usual that is worse than a coin's.
@@ -132,6 +133,15 @@ class LossGuard:
             yield name, inputs._replace(dense_BN=_at_median(inputs.dense_BN, at))
         for at, name in enumerate(self._learner.network.layout.sizes.fields):
             yield name, inputs._replace(emb_BFK=_at_median(inputs.emb_BFK, at))
+
+
+def passed_unseen(run: Path, *, step: int) -> Fault:
+    """A loss that was not finite up to `step`, and moved weights before it was looked at."""
+    got = "a loss that is not finite, at a step since the last line of metrics.jsonl or the last checkpoint"
+    remedy = (
+        "give the same command with --set train.log_every_steps=1, which goes on before it and names rows and feature"
+    )
+    return Fault(f"{run}: step {step}", got=got, wanted="finite losses; nothing was saved", remedy=remedy)
 
 
 def _at_median(values: Tensor, at: int) -> Tensor:

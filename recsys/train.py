@@ -1,5 +1,6 @@
 """Training, from a dataset folder to `result.json`."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from recsys.clock import memory_gb, milliseconds, own_work
 from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment
-from recsys.failure import LossGuard
+from recsys.failure import LossGuard, passed_unseen
 from recsys.learner import Learner
 from recsys.metrics import Metrics
 from recsys.parallel.pipeline import IdsAhead
@@ -174,6 +175,7 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Logs the validation metrics; whether they are the best so far."""
+        self._sum_losses()  # tells whether there is a model to evaluate
         metrics, _ = self._scores("valid")
         better = improves(metrics, self.tasks, best=self.progress.best, rule=self.settings.early_stop)
         if better is None:
@@ -234,8 +236,15 @@ class Trainer:
         self.learner.clock.lap("log")
 
     def _sum_losses(self) -> None:
-        """From each rank's device into the progress: at each line and each save, so also where one was killed."""
-        self._advance(loss_sum=self.progress.loss_sum + mean_over_ranks(self._loss))
+        """From each rank's device into the progress: at each line and each save, so also where one was killed.
+
+        Raises:
+            Fault: one was not finite, at a step that the guard did not look at: what it moved must not be saved.
+        """
+        loss = mean_over_ranks(self._loss)
+        if not math.isfinite(loss):
+            raise passed_unseen(self.run, step=self.progress.step)
+        self._advance(loss_sum=self.progress.loss_sum + loss)
         self._loss.zero_()
 
     def _advance(self, **changes: float | int | bool | None) -> None:
