@@ -43,7 +43,7 @@ from recsys.placement import COLUMN_SHARDINGS
 from recsys.progress import quiet_libraries
 
 CUTS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
-SHARDINGS = (*CUTS, "data_parallel", "mixed")
+SHARDINGS = (*CUTS, "data_parallel", "mixed", "auto")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"learning_rate": 0.1},
     "momentum": {"learning_rate": 0.1},
