@@ -22,7 +22,8 @@ class PlanOptions:
     device: str | None = field(default=None, metadata=_help("cpu or cuda; default train.device."))
     hbm_gib: float = field(default=80.0, metadata=_help("Memory of one GPU."))
     ddr_gib: float | None = field(
-        default=None, metadata=_help("Memory of one host; default 2048 with GPUs, without them this machine's.")
+        default=None,
+        metadata=_help("Memory of one host; default 2048 with GPUs, without them this container's."),
     )
     data: Path | None = field(
         default=None, metadata=_help("The dataset folder; default out/<name>/data. Not needed where --rows says all.")

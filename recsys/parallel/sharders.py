@@ -6,7 +6,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +25,7 @@ from torchrec.optim import RowWiseAdagrad
 
 from etl.faults import Fault
 from recsys.experiment import Embedding
+from recsys.host_memory import host_memory_bytes
 from recsys.optim import state_count
 from recsys.parallel.exchange import AllToAll, Scatter
 from recsys.parallel.rows import needs_own_rows
@@ -81,7 +81,7 @@ def hardware_here(world: World) -> Hardware:
     hbm_bytes = torch.cuda.get_device_properties(world.device).total_memory if cuda else 0
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     hosts = 1 if world.size % local else world.size // local  # as torchrec, which has no uneven hosts
-    return Hardware(world.size, hosts, world.device.type, hbm_bytes, psutil.virtual_memory().total)
+    return Hardware(world.size, hosts, world.device.type, hbm_bytes, host_memory_bytes())
 
 
 class _Tables(ShardedEmbeddingBagCollection):  # type: ignore[misc]
