@@ -11,7 +11,7 @@ import torch
 from etl.artifact import Json, read_json, seed_of, write_json
 from etl.schema import Schema
 from recsys.checkpoint import Checkpoints, Progress, best
-from recsys.clock import memory_gb, milliseconds, own_work
+from recsys.clock import gpu_memory_gb, memory_gb, milliseconds, own_work
 from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment
@@ -216,15 +216,15 @@ class Trainer:
     def _log(self, metrics: Metrics) -> None:
         self._sum_losses()
         p, laps = self.progress, self.learner.clock.read()
-        of_ranks = from_all((own_work(laps), memory_gb()))
+        of_ranks = from_all((own_work(laps), memory_gb(), gpu_memory_gb(self.world.device)))
         record = {"step": p.step, "epoch": p.epoch, "rows": p.rows, "seconds": p.seconds} | metrics
         record["loss"] = p.loss_sum / p.loss_steps if p.loss_steps else None
         if self.world.rank == 0:
-            work = [seconds for seconds, _ in of_ranks]
+            work, host, gpu = zip(*of_ranks, strict=True)
             seconds = max(p.seconds - self._seconds_before, 1e-9)
             record["rows_per_second"] = (p.rows - self._rows_before) / seconds
             record |= milliseconds(laps, steps=p.loss_steps)
-            record |= {"memory_gb": max(memory for _, memory in of_ranks)}
+            record |= {"memory_gb": max(host)} | ({"gpu_memory_gb": max(gpu)} if any(gpu) else {})
             record |= {"imbalance": max(work) * len(work) / sum(work)} if sum(work) else {}
             line = {name: value for name, value in record.items() if value is not None}
             self.lines.add(line)
