@@ -31,7 +31,7 @@ SIZES = (1, 2, 3, 4)
 STEP_ROWS, STOP = 1032, 3
 """The epoch is five whole steps and one that is not full."""
 KINDS = tuple(kind for kind in get_args(Sharding) if kind != "auto")
-BY_HOST = ("grid_shard", "table_row_wise", "table_column_wise")
+BY_HOST = ("grid_shard", "table_column_wise", "table_row_wise")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "two states": ADAM | {"l2": 0.01},
     "two optimizers": ADAGRAD | {"linear": FTRL},
@@ -57,7 +57,7 @@ def legs() -> Iterator[Leg]:
     for shift, name in enumerate(OPTIMIZERS):
         yield Leg(name, 1, None, "table_wise", alone=True)
         for size in SIZES:
-            yield Leg(name, size, None, kind_of(size, at=size + 3 * shift))
+            yield Leg(name, size, None, kind_of(size, at=size + 2 * shift))
     for at, (saved_by, size) in enumerate(product(SIZES, SIZES)):
         yield Leg(list(OPTIMIZERS)[(saved_by + size) % 2], size, saved_by, kind_of(size, at=at))
 
