@@ -1,7 +1,8 @@
-"""The memory that `recsys plan` forecasts beside the peak that `recsys train` reaches, for three sizes of model on CPU.
+"""The memory that `recsys plan` forecasts beside the peak that `recsys train` reaches, for four models on CPU.
 
 Each model trains for two epochs on random rows, with evaluations and checkpoints, in a process of its own, whose
-largest resident memory the system reports. The last line is a JSON object: `largest_error`, a share of the peak.
+largest resident memory the system reports. The last line is a JSON object: `largest_error`, a share of the peak; above
+15 % the exit status is 1.
 """
 
 import argparse
@@ -29,19 +30,22 @@ SPLITS = {"train": 60_000, "valid": 8_000, "test": 8_000}
 
 
 class Size(NamedTuple):
-    """Rows of each of 8 tables, rows of a batch, hidden widths, and the tables' optimizer."""
+    """Rows of each of 8 tables, rows of a batch, hidden widths, the tables' optimizer, and batches of a step."""
 
     rows: int
     batch: int
     hidden: str
     optimizer: str
+    parts: int = 1
 
 
 SIZES = (
     Size(300_000, 1024, "[256, 128]", "rowwise_adagrad"),
     Size(600_000, 8192, "[1024, 512]", "adagrad"),
+    Size(300_000, 4096, "[512, 256]", "adagrad", parts=4),
     Size(3_000_000, 2048, "[400, 400, 400]", "rowwise_adagrad"),
 )
+LARGEST_ERROR = 0.15
 
 
 def write_model(folder: Path, size: Size) -> Path:
@@ -67,6 +71,7 @@ kind = "deepfm"
 hidden = {size.hidden}
 [train]
 batch_size = {size.batch}
+accumulate = {size.parts}
 epochs = 2
 [embedding]
 optimizer = "{size.optimizer}"
@@ -122,6 +127,7 @@ def main() -> None:
             f"{size}: forecast {forecast / 1e6:,.0f} MB ({shown}), peak {peak / 1e6:,.0f} MB, off by {errors[-1]:.1%}"
         )
     print(json.dumps({"largest_error": max(errors)}))
+    sys.exit(max(errors) > LARGEST_ERROR)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -39,11 +39,10 @@ from recsys.optim import start_states, state_count, update
 from recsys.parallel.pipeline import IdsAhead
 from recsys.parallel.shard import Sharded, shard
 from recsys.parallel.world import World, mean_over_ranks, open_world
-from recsys.placement import COLUMN_SHARDINGS
+from recsys.placement import COLUMN_SHARDINGS, Sharding
 from recsys.progress import quiet_libraries
 
-CUTS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard")
-SHARDINGS = (*CUTS, "data_parallel", "mixed")
+SHARDINGS = (*get_args(Sharding), "mixed")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"learning_rate": 0.1},
     "momentum": {"learning_rate": 0.1},

@@ -106,6 +106,21 @@ def evaluate(
 
 
 @app.command()
+def replay(
+    run: RunFolder,
+    failure: Annotated[Path, typer.Argument(help="A folder below RUN/failures.")],
+) -> None:
+    """Compute the losses of the batch that stopped a run again, from what was kept of it."""
+    with exit_on_fault():
+        from recsys.progress import quiet_libraries
+
+        quiet_libraries()
+        from recsys.failure import replay_text
+
+        print(replay_text(run, failure))
+
+
+@app.command()
 def predict(
     run: RunFolder,
     *,

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor, nn
 
 from recsys.models.head import Inputs
@@ -68,3 +69,8 @@ def own_work(laps: dict[str, float]) -> float:
 def memory_gb() -> float:
     """Resident memory of this process in GB."""
     return float(psutil.Process().memory_info().rss) / 1e9
+
+
+def gpu_memory_gb(device: torch.device) -> float:
+    """The most that torch's tensors have taken of a GPU at once so far, in GB; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0

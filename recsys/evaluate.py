@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from etl.artifact import write_parquet
 from etl.schema import read_schema
-from recsys.checkpoint import best
+from recsys.checkpoint import best, refuse_damaged
 from recsys.data import Slice, Split
 from recsys.experiment import read_experiment
 from recsys.metrics import Metrics, task_metrics
@@ -79,13 +79,14 @@ def evaluate(run: Path, *, data: Path | None, split: str) -> Metrics | None:
     """The best checkpoint's metrics on a split; on other ranks than 0, None. Writes the predictions into the run.
 
     Raises:
-        Fault: the run has no checkpoint, or the dataset folder lacks the split.
+        Fault: the run has no checkpoint, its files are not as they were written, or the dataset folder lacks the split.
     """
     experiment, schema = read_experiment(run), read_schema(run)
     with open_world(experiment.train.device) as world:
         network = build_network(experiment, schema, table_device="meta")
         sharded = shard(network, experiment.embedding, world=world, seed=experiment.seed)
-        restore_weights(best(run), sharded)
+        refuse_damaged(found := best(run), world=world)
+        restore_weights(found, sharded)
         rows = Split((data or run.parent / "data") / split, schema)
         batch_size = experiment.train.batch_size
         metrics, table = evaluate_model(

@@ -79,6 +79,11 @@ class Train(OptimizerSettings):
     dead_after_s: float = Field(60.0, ge=2, description="a rank that is silent for so long is given up; the others end")
 
     @property
+    def rank_rows(self) -> int:
+        """Rows of a rank in one step: all of its parts are looked up at once."""
+        return self.batch_size * self.accumulate
+
+    @property
     def saves_midway(self) -> bool:
         """Whether checkpoints may be written while training goes on, from a copy; the last one needs none."""
         return self.epochs > 1 or bool(self.eval_every_steps or self.checkpoint_every_steps)

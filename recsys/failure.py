@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from etl.artifact import new_folder, read_json, write_json
+from etl.artifact import Json, new_folder, read_json, write_json
 from etl.faults import Fault
 from etl.schema import Schema, read_schema
 from recsys.data import Batch, Split
@@ -29,7 +29,8 @@ _CHANCE = math.log(2)
 
 
 class LossGuard:
-    """Looks at each batch's loss before anything moves; on CUDA, where looking means waiting, at each logged step.
+    """Looks at each batch's loss before anything moves; on CUDA, where looking means waiting, at each logged step: what
+    is not finite in between is found before anything is saved or logged (`passed_unseen`).
 
     `usual` is the running mean of the logloss of this rank's rows. What is wrong: a loss that is not finite, or one of
     more than `train.spike` times the usual that is worse than a coin's.
@@ -134,10 +135,37 @@ class LossGuard:
             yield name, inputs._replace(emb_BFK=_at_median(inputs.emb_BFK, at))
 
 
+def passed_unseen(run: Path, *, step: int) -> Fault:
+    """A loss that was not finite up to `step`, and moved weights before it was looked at."""
+    got = "a loss that is not finite, at a step since the last line of metrics.jsonl or the last checkpoint"
+    remedy = (
+        "give the same command with --set train.log_every_steps=1, which goes on before it and names rows and feature"
+    )
+    return Fault(f"{run}: step {step}", got=got, wanted="finite losses; nothing was saved", remedy=remedy)
+
+
 def _at_median(values: Tensor, at: int) -> Tensor:
     changed = values.clone()
     changed[:, at] = values[:, at].median(dim=0).values
     return changed
+
+
+def replay_text(run: Path, failure: Path) -> str:
+    """What stopped a run, and the named rows with their losses computed again."""
+    losses_B, about = replay(run, failure), _about(failure)
+    lines = [f"{failure}: step {about['step']}, a logloss of {about['loss']}; feature: {about['feature']}"]
+    unknown = ["a row that is not known"] * len(about["positions"])
+    for position, place in zip(about["positions"], about["rows"] or unknown, strict=True):
+        lines.append(f"row {position} of the batch: logloss {float(losses_B[position]):.6g}, {place}")
+    finite_B = losses_B[losses_B.isfinite()]
+    median = f"{float(finite_B.median()):.6g}" if len(finite_B) else "none"
+    lines.append(f"all {len(losses_B):,} rows: {len(losses_B) - len(finite_B):,} not finite, median logloss {median}")
+    return "\n".join(lines)
+
+
+def _about(failure: Path) -> Json:
+    found: Json = read_json(failure / _MARKER, remedy="name a folder below 'failures' of a run that stopped")
+    return found
 
 
 def replay(run: Path, failure: Path) -> Tensor:
@@ -146,7 +174,7 @@ def replay(run: Path, failure: Path) -> Tensor:
     Raises:
         Fault: `failure` is no folder that a stopped run left.
     """
-    read_json(failure / _MARKER, remedy="name a folder below 'failures' of a run that stopped")
+    _about(failure)
     kept, schema = load_file(failure / _TENSORS), read_schema(run)
     head = build_network(read_experiment(run), schema, table_device="meta").head.eval()
     head.load_state_dict({name.removeprefix("head."): t for name, t in kept.items() if name.startswith("head.")})

@@ -59,7 +59,7 @@ def reserved_bytes(experiment: Experiment, schema: Schema) -> int:
 def dense_bytes(experiment: Experiment, network: Network, *, schema: Schema) -> Dense:
     """Counted from the head itself: a forward pass of few rows shows what is kept for the backward pass."""
     parameters = sum(parameter.numel() for parameter in network.head.parameters())
-    rows, batch_size = experiment.etl.rows_per_group, experiment.train.batch_size
+    rows, batch_size, rank_rows = experiment.etl.rows_per_group, experiment.train.batch_size, experiment.train.rank_rows
     row_bytes = len(schema.slot_names) * 8 + len(schema.float_names) * 4 + len(schema.tasks) * 8 + 4
     few, more = (_kept_bytes(network, schema, rows=size, precision=experiment.train.precision) for size in (8, 16))
     slope = (more - few) / 8
@@ -68,8 +68,8 @@ def dense_bytes(experiment: Experiment, network: Network, *, schema: Schema) -> 
         gradients=parameters * 4,
         states=parameters * 4 * state_count(experiment.train),
         activations=int(few + slope * (batch_size - 8)),
-        batch=batch_size * row_bytes,
-        reading=(AHEAD * batch_size + 2 * rows) * row_bytes + max(WINDOW_BYTES, rows * row_bytes),
+        batch=rank_rows * row_bytes,
+        reading=(AHEAD * rank_rows + 2 * rows) * row_bytes + max(WINDOW_BYTES, rows * row_bytes),
     )
 
 

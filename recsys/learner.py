@@ -33,7 +33,7 @@ class Learner:
             experiment.embedding,
             world=world,
             seed=experiment.seed,
-            batch_size=self.settings.batch_size,
+            batch_size=self.settings.rank_rows,
             reserved_bytes=reserved_bytes(experiment, schema),
         )
         self.model = self.sharded.model

@@ -44,7 +44,8 @@ class Placement(Section):
     )
     placement: Memory = Field(
         "auto",
-        description="CUDA: hbm, uvm (host memory), uvm_caching (host memory behind a cache); auto: the planner chooses",
+        description="CUDA: hbm, uvm (host memory), uvm_caching (host memory behind a cache); auto: hbm, and "
+        "some tables spill where not all fit",
     )
     cache_share: float = Field(0.2, gt=0, le=1, description="uvm_caching: share of the rows that the cache holds")
     precision: Precision = Field("fp32", description="of the stored rows; states, lookups and gradients stay fp32")

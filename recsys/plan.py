@@ -6,13 +6,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from etl.artifact import Json
 from etl.faults import Fault
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn, read_schema
 from etl.spec import Bag, Count, Cross, Numeric, Sequence, Target, resolve, table_of
 from recsys.experiment import Experiment
+from recsys.host_memory import host_memory_bytes
 from recsys.plan_options import PlanOptions
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def plan_for(experiment: Experiment, options: PlanOptions) -> "Plan":
     hosts, device = options.host_count, experiment.train.device
     data = options.data or Path("out") / experiment.name / "data"
     schema = schema_for(experiment, data, rows=options.row_counts())
-    ddr_gib = options.ddr_gib or (_GPU_HOST_GIB if device == "cuda" else psutil.virtual_memory().total / GIB)
+    ddr_gib = options.ddr_gib or (_GPU_HOST_GIB if device == "cuda" else host_memory_bytes() / GIB)
     hbm_bytes = int(options.hbm_gib * GIB) if device == "cuda" else 0
     hardware = Hardware(options.world_size, hosts, device, hbm_bytes, int(ddr_gib * GIB))
     return make_plan(experiment, schema, hardware=hardware)

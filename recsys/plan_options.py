@@ -16,13 +16,14 @@ class PlanOptions:
 
     world_size: int = field(default=1, metadata=_help("Ranks: processes, one a GPU."))
     hosts: int | None = field(
-        default=None, metadata=_help("Hosts that share the ranks evenly; default as many as 8 ranks a host make.")
+        default=None, metadata=_help("Hosts that share the ranks evenly; default the fewest of at most 8 ranks.")
     )
     local_world_size: int | None = field(default=None, metadata=_help("Ranks of one host, instead of --hosts."))
     device: str | None = field(default=None, metadata=_help("cpu or cuda; default train.device."))
     hbm_gib: float = field(default=80.0, metadata=_help("Memory of one GPU."))
     ddr_gib: float | None = field(
-        default=None, metadata=_help("Memory of one host; default 2048 with GPUs, without them this machine's.")
+        default=None,
+        metadata=_help("Memory of one host; default 2048 with GPUs, without them this container's."),
     )
     data: Path | None = field(
         default=None, metadata=_help("The dataset folder; default out/<name>/data. Not needed where --rows says all.")
@@ -39,7 +40,8 @@ class PlanOptions:
     @property
     def host_count(self) -> int:
         """Hosts, by whichever option says so. Raises Faults where the options don't fit together."""
-        local = self.local_world_size or (self.world_size // self.hosts if self.hosts else min(self.world_size, 8))
+        fitting = max((size for size in range(1, 9) if self.world_size % size == 0), default=1)
+        local = self.local_world_size or (self.world_size // self.hosts if self.hosts else fitting)
         limits = (("world-size", self.world_size), ("hosts", self.hosts), ("local-world-size", self.local_world_size))
         small = [(name, value) for name, value in limits if value is not None and value < 1]
         faults = [

@@ -12,10 +12,11 @@ from etl.pack import encode
 from etl.schema import Schema, read_schema
 from etl.sources import read_rows
 from etl.transform import Encoded, Transform
-from recsys.checkpoint import best
+from recsys.checkpoint import best, refuse_damaged
 from recsys.experiment import Experiment, read_experiment
 from recsys.network import Network, build_network
 from recsys.parallel.state import restore_unsharded
+from recsys.parallel.world import World
 
 _ROWS = 4096
 
@@ -24,11 +25,12 @@ def load_network(run: Path) -> tuple[Experiment, Schema, Network]:
     """The best network of a run, unsharded, on the CPU, in evaluation mode.
 
     Raises:
-        Fault: the folder is no run, or it has no complete checkpoint.
+        Fault: the folder is no run, it has no complete checkpoint, or that one's files are not as they were written.
     """
     experiment, schema = read_experiment(run), read_schema(run)
     network = build_network(experiment, schema, table_device="cpu")
-    restore_unsharded(best(run), network)
+    refuse_damaged(found := best(run), world=World(0, 1, torch.device("cpu")))
+    restore_unsharded(found, network)
     return experiment, schema, network.eval()
 
 

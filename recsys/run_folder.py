@@ -1,6 +1,7 @@
 """The run folder: what an experiment's training leaves, begun once and continued by the same command."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,25 @@ from etl.faults import Fault
 from etl.schema import Schema
 from recsys.experiment import Experiment, read_experiment
 
+_FREE = {
+    "train": {"batch_size", "accumulate", "checkpoint_every_steps", "keep"}
+    | {"log_every_steps", "tensorboard", "dead_after_s"},
+    "embedding": {"sharding", "placement", "column_width", "cache_share", "forward_comm", "backward_comm"},
+}
+"""Settings, of single tables too, with which a run that is not at its end may go on: what was saved fits them all."""
+
 
 def open_run(run: Path, experiment: Experiment, *, schema: Schema, data: Path) -> None:
     """Begins a run folder, or checks that the one there is of this experiment.
+
+    One that has no result yet goes on also where the number of ranks, the rows of a step or the places of tables are
+    others by now: the log says so, and `experiment.json` is written anew.
 
     Raises:
         Fault: the folder holds another experiment's run, or is no run folder.
     """
     if (run / "experiment.json").is_file():
-        there = read_experiment(run)
-        if there != experiment:
-            got = f"a run with other settings ({', '.join(_differences(there, experiment))})"
-            remedy = "use --run with a new folder, or delete this one"
-            raise Fault(str(run), got=got, wanted="a run of this experiment", remedy=remedy)
-        return
+        return _go_on(run, experiment, there=read_experiment(run))
     if run.exists() and any(run.iterdir()):
         got, remedy = "a folder of something else", "use --run with a new folder"
         raise Fault(str(run), got=got, wanted="a run folder or a free place", remedy=remedy)
@@ -33,10 +39,23 @@ def open_run(run: Path, experiment: Experiment, *, schema: Schema, data: Path) -
         write_json(beside / "experiment.json", experiment.as_json())
 
 
-def _differences(a: Experiment, b: Experiment) -> list[str]:
-    """Dotted names of the settings that differ, lists as a whole."""
-    x, y = _flat(a.as_json()), _flat(b.as_json())
-    return sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
+def _go_on(run: Path, experiment: Experiment, *, there: Experiment) -> None:
+    x, y = _flat(there.as_json()), _flat(experiment.as_json())
+    changed = sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
+    ended = (run / "result.json").is_file()
+    if other := [name for name in changed if ended or not _is_free(name)]:
+        got = f"a run with other settings ({', '.join(other)})"
+        remedy = "use --run with a new folder, or delete this one"
+        raise Fault(str(run), got=got, wanted="a run of this experiment", remedy=remedy)
+    if changed:
+        told = ", ".join(f"{name} {x.get(name)} -> {y.get(name)}" for name in changed)
+        logging.getLogger(__name__).warning("%s: goes on with other settings: %s", run, told)
+        write_json(run / "experiment.json", experiment.as_json())
+
+
+def _is_free(name: str) -> bool:
+    parts = name.split(".")
+    return parts[-1] in _FREE.get(parts[0], ())
 
 
 def _flat(value: Any, name: str = "") -> Json:

@@ -1,5 +1,6 @@
 """Training, from a dataset folder to `result.json`."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,16 @@ import torch
 from etl.artifact import Json, read_json, seed_of, write_json
 from etl.schema import Schema
 from recsys.checkpoint import Checkpoints, Progress, best
-from recsys.clock import memory_gb, milliseconds, own_work
+from recsys.clock import gpu_memory_gb, memory_gb, milliseconds, own_work
 from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment
-from recsys.failure import LossGuard
+from recsys.failure import LossGuard, passed_unseen
 from recsys.learner import Learner
 from recsys.metrics import Metrics
 from recsys.parallel.pipeline import IdsAhead
+from recsys.parallel.plan import make_plan
+from recsys.parallel.sharders import hardware_here
 from recsys.parallel.state import restore, restore_weights
 from recsys.parallel.world import World, average_buffers, barrier, from_all, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
@@ -34,13 +37,15 @@ def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> J
     `report` hears of each logged step and evaluation, on rank 0. Returns what `result.json` holds.
 
     Raises:
-        Fault: the dataset folder is stale or broken, the run folder is another experiment's, or a package is missing.
+        Fault: the dataset folder is stale or broken, the run folder is another experiment's, a package is missing, or
+            a rank has less memory than the plan says.
     """
     schema, settings = open_dataset(data, experiment.data_hash()), experiment.train
     if settings.tensorboard:
         require_tensorboard()
     with open_world(settings.device, dead_after_s=settings.dead_after_s) as world:
         if world.rank == 0:
+            make_plan(experiment, schema, hardware=hardware_here(world))  # refuses what does not fit
             open_run(run, experiment, schema=schema, data=data)
         barrier()
         with Checkpoints(run, world=world, keep=settings.keep) as checkpoints:
@@ -73,7 +78,7 @@ class Trainer:
         self.checkpoints, self.run, self.world, self.report = checkpoints, checkpoints.run, world, report
         self.tasks, self.progress = schema.task_names, Progress(seed=experiment.seed)
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
-        self.mine = Slice(world.rank, world.size, self.settings.batch_size * self.settings.accumulate)
+        self.mine = Slice(world.rank, world.size, self.settings.rank_rows)
         self.learner = Learner(experiment, schema, world=world)
         sharded, clock = self.learner.sharded, self.learner.clock
         self.ids_ahead = IdsAhead(sharded, clock=clock) if world.size > 1 or sharded.cached else None
@@ -170,6 +175,7 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Logs the validation metrics; whether they are the best so far."""
+        self._sum_losses()  # tells whether there is a model to evaluate
         metrics, _ = self._scores("valid")
         better = improves(metrics, self.tasks, best=self.progress.best, rule=self.settings.early_stop)
         if better is None:
@@ -210,15 +216,15 @@ class Trainer:
     def _log(self, metrics: Metrics) -> None:
         self._sum_losses()
         p, laps = self.progress, self.learner.clock.read()
-        of_ranks = from_all((own_work(laps), memory_gb()))
+        of_ranks = from_all((own_work(laps), memory_gb(), gpu_memory_gb(self.world.device)))
         record = {"step": p.step, "epoch": p.epoch, "rows": p.rows, "seconds": p.seconds} | metrics
         record["loss"] = p.loss_sum / p.loss_steps if p.loss_steps else None
         if self.world.rank == 0:
-            work = [seconds for seconds, _ in of_ranks]
+            work, host, gpu = zip(*of_ranks, strict=True)
             seconds = max(p.seconds - self._seconds_before, 1e-9)
             record["rows_per_second"] = (p.rows - self._rows_before) / seconds
             record |= milliseconds(laps, steps=p.loss_steps)
-            record |= {"memory_gb": max(memory for _, memory in of_ranks)}
+            record |= {"memory_gb": max(host)} | ({"gpu_memory_gb": max(gpu)} if any(gpu) else {})
             record |= {"imbalance": max(work) * len(work) / sum(work)} if sum(work) else {}
             line = {name: value for name, value in record.items() if value is not None}
             self.lines.add(line)
@@ -230,8 +236,15 @@ class Trainer:
         self.learner.clock.lap("log")
 
     def _sum_losses(self) -> None:
-        """From each rank's device into the progress: at each line and each save, so also where one was killed."""
-        self._advance(loss_sum=self.progress.loss_sum + mean_over_ranks(self._loss))
+        """From each rank's device into the progress: at each line and each save, so also where one was killed.
+
+        Raises:
+            Fault: one was not finite, at a step that the guard did not look at: what it moved must not be saved.
+        """
+        loss = mean_over_ranks(self._loss)
+        if not math.isfinite(loss):
+            raise passed_unseen(self.run, step=self.progress.step)
+        self._advance(loss_sum=self.progress.loss_sum + loss)
         self._loss.zero_()
 
     def _advance(self, **changes: float | int | bool | None) -> None:

@@ -4,6 +4,7 @@ TorchRec's planner chooses; the bytes are counted here, from the shards it made 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,10 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan; `hbm_limit` and `ddr_limit` are what a rank may use, in bytes, headroom taken off."""
+    """A whole plan; `hbm_limit` and `ddr_limit` are what a rank may use, in bytes, headroom taken off.
+
+    `batch_size` are the rows of a rank in one step.
+    """
 
     hardware: Hardware
     batch_size: int
@@ -82,7 +86,7 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     Raises:
         Fault: it does not fit; the largest tables and what would help are named.
     """
-    embedding, batch_size = experiment.embedding, experiment.train.batch_size
+    embedding, batch_size = experiment.embedding, experiment.train.rank_rows
     network = build_network(experiment, schema, table_device="meta")
     dense = dense_bytes(experiment, network, schema=schema)
     tables = network.tables = resized(network.tables, embedding)
@@ -95,7 +99,7 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     try:
         with states_shown(tables, embedding):
-            planner.plan(network, [sharder_of(embedding, hardware.device)])
+            planner.plan(network, sharder_of(embedding, hardware.device))
     except PlannerError:
         raise too_large(configs.values(), embedding, hardware=hardware, reserved=reserved) from None
     shards = tuple(_shards(kept.options, configs, embedding=embedding))
@@ -113,11 +117,19 @@ def _check_limits(plan: Plan) -> None:
     for rank in plan.ranks:
         for name, held, limit in (("GPU", rank.hbm, plan.hbm_limit), ("host", rank.ddr, plan.ddr_limit)):
             if sum(held.values()) > limit:
-                parts = sorted(((size, part) for part, size in held.items()), reverse=True)[:3]
-                named = ", ".join(f"{part} {size / GIB:,.1f}" for size, part in parts)
-                got = f"rank {rank.rank} with {sum(held.values()) / GIB:,.1f} GiB of {name} memory, {named} the most"
+                parts = ", ".join(f"{part} {size / GIB:,.1f}" for part, size in _largest(held).items())
+                tables = Counter[str]()
+                for shard in plan.shards:
+                    tables[shard.table] += (shard.weight_bytes + shard.state_bytes) * (shard.rank == rank.rank)
+                named = ", ".join(f"'{table}' {size / GIB:,.1f}" for table, size in _largest(+tables).items())
+                got = f"rank {rank.rank} with {sum(held.values()) / GIB:,.1f} GiB of {name} memory, {parts} the most"
+                got += f"; of its tables {named}" if named else ""
                 remedy = "lower train.batch_size, take more ranks, or cut the rows of the largest tables"
                 raise Fault("plan", got=got, wanted=f"at most {limit / GIB:,.1f} GiB", remedy=remedy)
+
+
+def _largest(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {name: sizes[name] for name in sorted(sizes, key=lambda name: -sizes[name])[:3]}
 
 
 def state_bytes(embedding: Embedding, table: str, *, rows: int, columns: int) -> int:
@@ -160,22 +172,25 @@ def _ranks(
     hardware: Hardware,
     dense: Dense,
 ) -> Iterator[RankPlan]:
-    embedding, batch_size = experiment.embedding, experiment.train.batch_size
+    embedding, rows = experiment.embedding, experiment.train.rank_rows
     slots = {name: len(config.feature_names) for name, config in configs.items()}
     width = sum(slots[name] * config.embedding_dim for name, config in configs.items())
     held: dict[int, list[ShardPlan]] = {rank: [] for rank in range(hardware.ranks)}
     for shard in shards:
         held[shard.rank].append(shard)
+    # Those of the next step travel while this one computes, on several ranks and into caches.
+    ids = _ID_BYTES * (2 if hardware.ranks > 1 or any(shard.memory == "uvm_caching" for shard in shards) else 1)
+    # In order and as they came, both kept for the backward pass; of steps in parts also the parts' gradients, joined.
+    copies = 2 if experiment.train.accumulate == 1 else 4
     for rank, own in held.items():
         parts = [_tables_bytes(shard, embedding, shards_slots=slots[shard.table]) for shard in own]
-        looked = sum(_lookup_bytes(s, slots[s.table], hardware=hardware, batch_size=batch_size) for s in own)
-        # In order and as they came, both kept for the backward pass; ids of this rank's rows.
-        looked += 2 * batch_size * width * 4 + batch_size * sum(slots.values()) * _ID_BYTES
+        looked = sum(_lookup_bytes(s, rows * slots[s.table], hardware=hardware, ids=ids) for s in own)
+        looked += rows * (copies * width * 4 + sum(slots.values()) * ids)
         device = _sum(parts, "own") | {"lookups": looked} | dense.device(hardware.device)
         host = _sum(parts, "host") | dense.host(hardware.device)
         if experiment.train.saves_midway:  # from a copy
             host["checkpoint"] = sum(s.weight_bytes + s.state_bytes for s in own)
-        sent = sum(_sent_bytes(s, slots[s.table], embedding=embedding, hardware=hardware, rows=batch_size) for s in own)
+        sent = sum(_sent_bytes(s, slots[s.table], embedding=embedding, hardware=hardware, rows=rows) for s in own)
         sent += int(2 * dense.gradients * (hardware.ranks - 1) / hardware.ranks)
         cpu = hardware.device == "cpu"
         ddr = {name: device.get(name, 0) + host.get(name, 0) for name in device | host} if cpu else host
@@ -203,14 +218,16 @@ def _tables_bytes(shard: ShardPlan, embedding: Embedding, *, shards_slots: int) 
     return {"own": {"cache": cached * (row_bytes + 16) + shard.rows * 4}, "host": whole}
 
 
-def _lookup_bytes(shard: ShardPlan, slots: int, *, hardware: Hardware, batch_size: int) -> int:
-    """Ids that come to a shard from all ranks, and what is looked up for them before it is sent back."""
+def _lookup_bytes(shard: ShardPlan, lookups: int, *, hardware: Hardware, ids: int) -> int:
+    """Ids that come to a shard from all ranks, and what is looked up for them before it is sent back.
+
+    A rank makes so many `lookups` of the table; `ids` are the bytes of an id.
+    """
     if shard.sharding == "data_parallel":
-        return batch_size * slots * shard.columns * 4
-    rows = batch_size * hardware.ranks
+        return lookups * shard.columns * 4
     parts = {"row_wise": hardware.ranks}.get(shard.sharding, hardware.ranks_per_host)
     share = 1 / parts if shard.sharding in _ROW_CUTS else 1.0
-    return int(rows * slots * (share * _ID_BYTES + shard.columns * 4))
+    return int(hardware.ranks * lookups * (share * ids + shard.columns * 4))
 
 
 def _sent_bytes(shard: ShardPlan, slots: int, *, embedding: Embedding, hardware: Hardware, rows: int) -> int:
@@ -243,13 +260,15 @@ def too_large(
     cuda = hardware.device == "cuda"
     capacity = hardware.hbm_bytes if cuda else hardware.ddr_bytes // hardware.ranks_per_host
     room, total = max(int(capacity * (1 - HEADROOM)) - reserved, 0), sum(sizes.values())
-    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    largest = list(_largest(sizes))
     uncut = [n for n in largest if sizes[n] > room and embedding.of(n).sharding in ("table_wise", "data_parallel")]
     remedies = [f"cut the rows of {', '.join(uncut)} (sharding 'row_wise')"] if uncut else []
     if not room:
         remedies.append("lower train.batch_size")
     else:
-        remedies.append(f"take {-(-int(total * 1.1) // room)} ranks or more")
+        ranks = max(-(-int(total * 1.1) // room), hardware.ranks + 1)
+        hosts = -(-ranks // hardware.ranks_per_host)
+        remedies.append(f"take {hosts * hardware.ranks_per_host} ranks or more")
     if cuda and total < hardware.ranks * hardware.ddr_bytes // hardware.ranks_per_host * (1 - HEADROOM):
         remedies.append("let tables spill into host memory (placement 'uvm_caching')")
     if not embedding.rowwise and state_count(embedding):

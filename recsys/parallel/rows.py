@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -17,6 +18,8 @@ from torch.nn.functional import embedding_bag
 
 from recsys.experiment import Embedding
 from recsys.optim import OptimizerSettings, scaled, start_states, state_count, update
+
+_PLACES = {EmbeddingLocation.HOST: "host", EmbeddingLocation.DEVICE: "dev", EmbeddingLocation.MANAGED: "uvm"}
 
 
 def needs_own_rows(embedding: Embedding) -> bool:
@@ -68,8 +71,8 @@ class RowOptimizer:
 
         `vectors` says how many columns of each table, or of its shard, are a vector.
         """
-        alike = groupby(range(len(vectors)), key=lambda at: (tables.embedding_specs[at][1], vectors[at]))
-        groups = [RowGroup(tables, list(own), embedding=self._embedding, vector=kind[1]) for kind, own in alike]
+        alike = groupby(range(len(vectors)), key=lambda at: (*tables.embedding_specs[at][1:3], vectors[at]))
+        groups = [RowGroup(tables, list(own), embedding=self._embedding, vector=kind[-1]) for kind, own in alike]
         self.groups += groups
 
         def move(indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> None:
@@ -140,12 +143,13 @@ class _Lookup(Function):
 
 
 class RowGroup:
-    """Neighbouring tables of one row width in an FBGEMM module, as a matrix [R, W], with states of the same shape."""
+    """Neighbouring tables of one row width in one memory of an FBGEMM module, as a matrix [R, W], with states of the
+    same shape."""
 
     def __init__(
         self, tables: SplitTableBatchedEmbeddingBagsCodegen, own: list[int], *, embedding: Embedding, vector: int
     ) -> None:
-        width = tables.embedding_specs[own[0]][1]
+        _, width, location, _ = tables.embedding_specs[own[0]]
         self.parts = parts_of(embedding, vector=vector, width=width)
         l2_W = l2_of(embedding, vector=vector, width=width)
         self._whole_l2 = l2_W is not None and embedding.l2_scope == "table"
@@ -154,14 +158,14 @@ class RowGroup:
         begin, end = min(offsets.values()), max(offsets[at] + tables.embedding_specs[at][0] * width for at in own)
         if end - begin != sum(tables.embedding_specs[at][0] for at in own) * width:
             raise RuntimeError(f"tables of width {width} do not lie side by side: {tables.embedding_specs}")
-        self.weights_RW = _memory(tables.weights_host, tables.weights_dev, tables.weights_uvm)[begin:end].view(
-            -1, width
+        self.weights_RW, first_RW = (
+            getattr(tables, f"{name}_{_PLACES[location]}").detach()[begin:end].view(-1, width)
+            for name in ("weights", "momentum1")
         )
-        momentum = _memory(tables.momentum1_host, tables.momentum1_dev, tables.momentum1_uvm)
-        first_RW = momentum[begin:end].view(-1, width)
         self.l2_W = None if l2_W is None else l2_W.to(first_RW.device)
         two_states = max(state_count(embedding), state_count(embedding.linear or embedding)) > 1
-        self.second_RW = torch.zeros_like(first_RW) if two_states else None
+        spilled = location == EmbeddingLocation.MANAGED
+        self.second_RW = (_spilled_zeros if spilled else torch.zeros_like)(first_RW) if two_states else None
         self.states = [first_RW] if self.second_RW is None else [first_RW, self.second_RW]
         own_features = [at for at, table in enumerate(tables.feature_table_map) if table in offsets]
         bases = [(offsets[tables.feature_table_map[at]] - begin) // width for at in own_features]
@@ -231,6 +235,8 @@ def summed(rows_I: Tensor, gradient_GW: Tensor, *, place_I: Tensor) -> tuple[Ten
     return touched_R, embedding_bag(place_I[order_I], gradient_GW.contiguous(), starts_R, mode="sum")
 
 
-def _memory(*places: Tensor) -> Tensor:
-    """The one of a module's memories that it uses."""
-    return next((place for place in places if place.numel()), places[0]).detach()
+def _spilled_zeros(like: Tensor) -> Tensor:
+    """In host memory that the GPU reads as well, as FBGEMM keeps the first states of such tables."""
+    one = like.new_zeros(1)  # says type and device
+    zeros: Tensor = torch.ops.fbgemm.new_unified_tensor(one, list(like.shape), is_host_mapped=False).zero_()
+    return zeros

@@ -140,7 +140,7 @@ def _agreed_plan(
                 tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved_bytes
             )
             with states_shown(tables, embedding):
-                found = [planner.plan(network, [sharder])]
+                found = [planner.plan(network, sharder)]
         except PlannerError:
             fault = too_large(tables.embedding_bag_configs(), embedding, hardware=hardware, reserved=reserved_bytes)
             found = [(fault.place, fault.got, fault.wanted, fault.remedy)]

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
@@ -16,15 +16,16 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import Stats
+from torchrec.distributed.planner.types import PlannerError, Stats
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
-from torchrec.distributed.types import CacheParams
+from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
 
 from etl.faults import Fault
 from recsys.experiment import Embedding
+from recsys.host_memory import host_memory_bytes
 from recsys.optim import state_count
 from recsys.parallel.exchange import AllToAll, Scatter
 from recsys.parallel.rows import needs_own_rows
@@ -80,7 +81,7 @@ def hardware_here(world: World) -> Hardware:
     hbm_bytes = torch.cuda.get_device_properties(world.device).total_memory if cuda else 0
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     hosts = 1 if world.size % local else world.size // local  # as torchrec, which has no uneven hosts
-    return Hardware(world.size, hosts, world.device.type, hbm_bytes, psutil.virtual_memory().total)
+    return Hardware(world.size, hosts, world.device.type, hbm_bytes, host_memory_bytes())
 
 
 class _Tables(ShardedEmbeddingBagCollection):  # type: ignore[misc]
@@ -140,6 +141,22 @@ class _Enumerator(EmbeddingEnumerator):  # type: ignore[misc]
         return sorted(super()._filter_compute_kernels(*arguments))
 
 
+class Planner:
+    """TorchRec's planner. Tables whose placement is left to it spill into host memory only where not all of them fit
+    the memory that ranks compute in."""
+
+    def __init__(self, ways: Sequence[EmbeddingShardingPlanner]) -> None:
+        """`ways` to plan, from the one that is tried first."""
+        self._ways = ways
+
+    def plan(self, network: nn.Module, sharder: Sharder) -> ShardingPlan:
+        """The plan of the first way that has one. Raises PlannerError where none has."""
+        for way in self._ways[:-1]:
+            with suppress(PlannerError):
+                return _with_prefetch(way.plan(network, [sharder]))
+        return _with_prefetch(self._ways[-1].plan(network, [sharder]))
+
+
 def planner_of(
     tables: EmbeddingBagCollection,
     embedding: Embedding,
@@ -148,24 +165,37 @@ def planner_of(
     batch_size: int,
     reserved_bytes: int = 0,
     stats: Sequence[Stats] = (),
-) -> EmbeddingShardingPlanner:
+) -> Planner:
     """TorchRec's planner within the experiment's constraints; `batch_size` is that of a rank.
 
     Raises:
         Fault: a placement that the optimizer can't work in.
     """
-    constraints = {
-        config.name: _constraint(config, embedding, hardware=hardware) for config in tables.embedding_bag_configs()
-    }
-    topology = hardware.topology(reserved_bytes=reserved_bytes)
-    return EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=batch_size,
-        constraints=constraints,
-        enumerator=_Enumerator(topology, batch_size=batch_size, constraints=constraints),
-        storage_reservation=FixedPercentageStorageReservation(0.0),
-        stats=list(stats),
-    )
+    configs, topology = tables.embedding_bag_configs(), hardware.topology(reserved_bytes=reserved_bytes)
+    left = any(embedding.of(config.name).placement == "auto" for config in configs)
+    ways = []
+    for spill in (False, True) if left and hardware.device == "cuda" else (False,):
+        constraints = {c.name: _constraint(c, embedding, hardware=hardware, spill=spill) for c in configs}
+        way = EmbeddingShardingPlanner(
+            topology=topology,
+            batch_size=batch_size,
+            constraints=constraints,
+            enumerator=_Enumerator(topology, batch_size=batch_size, constraints=constraints),
+            storage_reservation=FixedPercentageStorageReservation(0.0),
+            stats=list(stats),
+        )
+        ways.append(way)
+    return Planner(ways)
+
+
+def _with_prefetch(plan: ShardingPlan) -> ShardingPlan:
+    """Rows may come into a cache before the step that comes first has moved them. Not said before tables are placed:
+    torchrec's planner takes such a cache for as fast as a GPU's own memory."""
+    for tables in plan.plan.values():
+        for table in tables.values():
+            if table.cache_params:
+                table.cache_params.prefetch_pipeline = True
+    return plan
 
 
 @contextmanager
@@ -185,20 +215,17 @@ def states_shown(tables: EmbeddingBagCollection, embedding: Embedding) -> Iterat
             del parameter._optimizer_classes
 
 
-def _constraint(config: EmbeddingBagConfig, embedding: Embedding, *, hardware: Hardware) -> ParameterConstraints:
+def _constraint(
+    config: EmbeddingBagConfig, embedding: Embedding, *, hardware: Hardware, spill: bool
+) -> ParameterConstraints:
     own, width = embedding.of(config.name), config.embedding_dim
     return ParameterConstraints(
         sharding_types=_types(own, embedding, config=config, hardware=hardware),
-        compute_kernels=_kernels(own, embedding, place=config.name, device=hardware.device),
+        compute_kernels=_kernels(own, embedding, table=config.name, device=hardware.device, spill=spill),
         min_partition=own.column_width or _column_width(own, width=width, hardware=hardware),
         pooling_factors=[1.0] * len(config.feature_names),  # a slot has one id or none
-        cache_params=_cache(own) if hardware.device == "cuda" else None,
+        cache_params=CacheParams(load_factor=own.cache_share) if hardware.device == "cuda" else None,
     )
-
-
-def _cache(own: Resolved) -> CacheParams:
-    """`prefetch_pipeline`: rows may come into the cache before the step that comes first has moved them."""
-    return CacheParams(load_factor=own.cache_share, prefetch_pipeline=True)
 
 
 def _types(own: Resolved, embedding: Embedding, *, config: EmbeddingBagConfig, hardware: Hardware) -> list[str]:
@@ -218,19 +245,20 @@ def _leaves_one_empty(rows: int, parts: int) -> bool:
     return -(-rows // parts) * (parts - 1) >= rows
 
 
-def _kernels(own: Resolved, embedding: Embedding, *, place: str, device: str) -> list[str]:
+def _kernels(own: Resolved, embedding: Embedding, *, table: str, device: str, spill: bool) -> list[str]:
+    """`spill`: a table whose placement is left open may lie in host memory."""
     kernels = EmbeddingComputeKernel
     if own.sharding == "data_parallel":
         return [kernels.DENSE.value]
     if own.placement == "uvm_caching" and needs_own_rows(embedding):
         got = f"placement 'uvm_caching' and an optimizer that FBGEMM has not ({embedding.optimizer})"
         remedy = "take placement 'uvm', or sgd, adagrad or rowwise_adagrad without L2 and without 'linear'"
-        raise Fault(f"embedding, table '{place}'", got=got, wanted="an optimizer that knows the cache", remedy=remedy)
+        raise Fault(f"embedding, table '{table}'", got=got, wanted="an optimizer that knows the cache", remedy=remedy)
     if device == "cpu":
         return [kernels.FUSED.value]
     spilled = kernels.FUSED_UVM if needs_own_rows(embedding) else kernels.FUSED_UVM_CACHING
     chosen = {
-        "auto": [kernels.FUSED, spilled],
+        "auto": [kernels.FUSED, spilled] if spill else [kernels.FUSED],
         "hbm": [kernels.FUSED],
         "uvm": [kernels.FUSED_UVM],
         "uvm_caching": [kernels.FUSED_UVM_CACHING],

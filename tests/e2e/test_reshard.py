@@ -31,6 +31,7 @@ SIZES = (1, 2, 3, 4)
 STEP_ROWS, STOP = 1032, 3
 """The epoch is five whole steps and one that is not full."""
 KINDS = tuple(kind for kind in get_args(Sharding) if kind != "auto")
+BY_HOST = ("grid_shard", "table_column_wise", "table_row_wise")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "two states": ADAM | {"l2": 0.01},
     "two optimizers": ADAGRAD | {"linear": FTRL},
@@ -56,9 +57,15 @@ def legs() -> Iterator[Leg]:
     for shift, name in enumerate(OPTIMIZERS):
         yield Leg(name, 1, None, "table_wise", alone=True)
         for size in SIZES:
-            yield Leg(name, size, None, KINDS[(size + 3 * shift) % len(KINDS)])
+            yield Leg(name, size, None, kind_of(size, at=size + 2 * shift))
     for at, (saved_by, size) in enumerate(product(SIZES, SIZES)):
-        yield Leg(list(OPTIMIZERS)[(saved_by + size) % 2], size, saved_by, KINDS[at % len(KINDS)])
+        yield Leg(list(OPTIMIZERS)[(saved_by + size) % 2], size, saved_by, kind_of(size, at=at))
+
+
+def kind_of(size: int, *, at: int) -> str:
+    """Four ranks are two hosts, and cut by them."""
+    kinds = BY_HOST if size == 4 else KINDS
+    return kinds[at % len(kinds)]
 
 
 class Watched(Trainer):
@@ -95,8 +102,9 @@ def learn(leg: Leg, *, rank: int, folder: Path) -> None:
 
 def as_rank(leg: Leg, *, rank: int, folder: Path, port: int) -> None:
     quiet_libraries()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": str(leg.size), "LOCAL_WORLD_SIZE": str(leg.size)}
+    local = 2 if leg.size == 4 else leg.size
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % local), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(leg.size), "LOCAL_WORLD_SIZE": str(local)}
     learn(leg, rank=rank, folder=folder)
 
 

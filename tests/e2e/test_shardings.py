@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from recsys.parallel.exchange import AllToAll, Scatter
 from recsys.parallel.pipeline import IdsAhead
 from recsys.parallel.state import restore, save
 from recsys.parallel.world import World, average_gradients, mean_over_ranks, open_world
+from recsys.placement import COLUMN_SHARDINGS, Sharding
 from recsys.progress import quiet_libraries
 from tests.e2e.test_ranks import ADAGRAD, ADAM, AFTER, BEFORE, FTRL, Run, run_on_two_ranks
 from tests.registry import config_of, rich_schema
@@ -33,7 +34,7 @@ from tests.registry import config_of, rich_schema
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "grid_shard", "data_parallel")
+KINDS = tuple(kind for kind in get_args(Sharding) if kind != "auto")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fused, a state a weight": ADAGRAD,
     "fused, a state a row": {"optimizer": "rowwise_adagrad", "learning_rate": 0.1},
@@ -43,7 +44,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 CASES = [
     (name, kind)
     for name, kind in product(OPTIMIZERS, KINDS)
-    if not (name == "fused, a state a row" and kind in ("column_wise", "grid_shard"))
+    if not (name == "fused, a state a row" and kind in COLUMN_SHARDINGS)
 ]
 PIPED = ("row_wise", "table_wise", "data_parallel")
 NARROW: dict[str, dict[str, Any]] = {
@@ -224,7 +225,7 @@ def test_losses_do_not_depend_on_the_sharding() -> None:
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["cells"] == 3 * (8 * 6 - 3), done.stdout
+    assert figures["cells"] == 3 * (9 * 6 - 3), done.stdout
     assert figures["largest_difference"] < 1e-6, done.stdout
 
 

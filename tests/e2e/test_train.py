@@ -112,6 +112,29 @@ def test_one_seed_gives_one_result_also_after_a_kill(data: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_of_two_ranks_goes_on_alone_with_another_sharding(data: Path, tmp_path: Path) -> None:
+    """And with the rows of its steps in two parts."""
+    own = ("model.keep_prob=1.0", "embedding.optimizer=adagrad", "train.epochs=2")
+    alone = finish(data, tmp_path / "alone", "train.batch_size=512", *own)
+    saving = ("train.batch_size=256", "embedding.sharding=row_wise", "train.checkpoint_every_steps=5")
+    run = tmp_path / "moved"
+    process = subprocess.Popen(command(data, run, *own, *saving, ranks=2), cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not list((run / "checkpoints").glob("step-*/complete")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (run / "result.json").exists(), "it ended before it was killed"
+    line = command(data, run, *own, "train.batch_size=256", "train.accumulate=2", "embedding.sharding=column_wise")
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "embedding.sharding row_wise -> column_wise, train.accumulate 1 -> 2" in done.stderr
+    moved = json.loads((run / "result.json").read_text())
+    assert (moved["rows"], moved["steps"]) == (alone["rows"], alone["steps"])
+    assert moved["test"]["auc"] == pytest.approx(alone["test"]["auc"], abs=1e-4)
+
+
+@pytest.mark.slow
 def test_raw_rows_are_predicted_as_the_test_split_was(data: Path, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "scores.parquet"
     finish(data, run, "train.epochs=1")

@@ -11,10 +11,13 @@ from torch import Tensor
 from etl.faults import Fault
 from etl.schema import Schema
 from recsys.checkpoint import Checkpoints, Progress, best, latest
+from recsys.evaluate import evaluate
 from recsys.experiment import Experiment
 from recsys.learner import Learner
 from recsys.parallel.state import read_tensors, restore
 from recsys.parallel.world import World, open_world
+from recsys.predict import load_network
+from recsys.train import train
 
 pytestmark = pytest.mark.usefixtures("quiet")
 TABLE = "model.tables.embedding_bags.user.weight"
@@ -117,6 +120,25 @@ def test_a_damaged_newest_one_falls_back(
     if found:
         restore(found[0], learner.sharded, optimizer=learner.optimizer)
         assert (user_rows(learner) == 2.0).all()
+
+
+def test_weights_that_are_not_as_written_are_neither_evaluated_nor_loaded(
+    experiment: Callable[..., Experiment], dataset: Path, tmp_path: Path
+) -> None:
+    """A flipped bit of a float would load as another weight."""
+    run = tmp_path / "run"
+    train(experiment(train={"epochs": 1}), data=dataset, run=run, report=lambda record: None)
+    path = next(best(run).glob("*.distcp"))
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(Fault, match="other content than was written"):
+        evaluate(run, data=dataset, split="test")
+    with pytest.raises(Fault, match="other content than was written"):
+        load_network(run)
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    assert evaluate(run, data=dataset, split="test") and load_network(run)
 
 
 def test_a_write_that_fails_is_raised_by_the_next_call(checkpoints: Checkpoints, learner: Learner) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from recsys.clock import Clock, milliseconds
+from recsys.clock import Clock, gpu_memory_gb, milliseconds
 from recsys.experiment import Experiment
 from recsys.train import train
 
@@ -22,6 +23,20 @@ def test_laps_add_up_to_the_whole_and_reading_begins_anew() -> None:
     assert list(found) == ["a", "b"] and min(found.values()) >= 0
     assert clock.read() == {}
     assert milliseconds({"a": 0.5}, steps=10) == {"ms/a": 50.0}
+
+
+def test_a_gpu_s_memory_is_logged_beside_that_of_its_process(
+    dataset: Path, experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 3e9 + device.index)
+    assert gpu_memory_gb(torch.device("cpu")) == 0.0
+    assert gpu_memory_gb(torch.device("cuda", 1)) == pytest.approx(3.0, abs=1e-6)
+    for name, found in (("cpu", {}), ("gpu", {"gpu_memory_gb": 2.5})):
+        with monkeypatch.context() as told:
+            told.setattr("recsys.train.gpu_memory_gb", lambda device, found=found: found.get("gpu_memory_gb", 0.0))
+            train(experiment(train={"epochs": 1}), data=dataset, run=tmp_path / name, report=lambda record: None)
+        line = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert {key: value for key, value in line.items() if key.startswith("gpu")} == found and line["memory_gb"] > 0
 
 
 @pytest.mark.parametrize(("kind", "accumulate"), [("deepfm", 1), ("deepfm", 2), ("deep", 1)])

@@ -66,6 +66,7 @@ def test_a_known_signal_is_learnt_on_either(
     on_gpu, on_cpu = learn("cuda", tmp_path / "gpu"), learn("cpu", tmp_path / "cpu")
     assert on_gpu["test"]["auc"] == pytest.approx(on_cpu["test"]["auc"], abs=0.01)
     assert on_gpu["test"]["auc"] > 0.78
+    assert '"gpu_memory_gb"' in (tmp_path / "gpu" / "metrics.jsonl").read_text()
     described = tmp_path / "gpu" / "experiment.json"
     described.write_text(described.read_text().replace('"cuda"', '"cpu"').replace('"bf16"', '"fp32"'))
     found = evaluate(tmp_path / "gpu", data=dataset, split="test")

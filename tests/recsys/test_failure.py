@@ -9,11 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from etl.faults import Fault
 from recsys.checkpoint import latest
+from recsys.cli import app
+from recsys.data import Batch
 from recsys.experiment import Experiment
-from recsys.failure import replay
+from recsys.failure import LossGuard, replay
+from recsys.network import Scored
+from recsys.parallel.state import read_tensors
 from recsys.train import train
 from tests.recsys.conftest import write_dataset
 
@@ -69,8 +74,36 @@ def test_a_value_that_explodes_stops_with_its_place(
     losses_B = replay(run, folder)
     assert losses_B.nan_to_num(torch.inf).argmax() == about["positions"][0]
     assert not torch.isfinite(losses_B).all() or float(losses_B.max()) > 1000
+    told = CliRunner().invoke(app, ["replay", str(run), str(folder)])
+    assert told.exit_code == 0 and f"step {step}, a logloss of {about['loss']}; feature: 'x'" in told.output
+    worst = f"row {about['positions'][0]} of the batch: logloss {float(losses_B[about['positions'][0]]):.6g}"
+    assert f"{worst}, {about['rows'][0]}" in told.output and f"all {len(losses_B)} rows" in told.output
     found = latest(run)
     assert found is None or found[1].step < step, "what went wrong is in no checkpoint"
+
+
+@pytest.mark.parametrize("due", ["log_every_steps", "checkpoint_every_steps", "eval_every_steps"])
+def test_what_nobody_looked_at_is_in_no_checkpoint(
+    dataset: Path, experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, due: str
+) -> None:
+    """As on a GPU, where the guard looks at logged steps alone: step 5 goes wrong and moves the weights."""
+
+    def unseen(guard: LossGuard, scored: Scored, batch: Batch) -> None:
+        if guard.step == 5:
+            scored.logits_BT.data.fill_(torch.nan)
+
+    monkeypatch.setattr(LossGuard, "__call__", unseen)
+    chosen = experiment(train={"log_every_steps": 1000, "checkpoint_every_steps": 4} | {due: 4})
+    with pytest.raises(Fault, match=r"step 8: got a loss that is not finite.*log_every_steps=1"):
+        train(chosen, data=dataset, run=tmp_path / "run", report=lambda record: None)
+    found = latest(tmp_path / "run")
+    assert found and found[1].step == 4
+    assert all(torch.isfinite(tensor).all() for tensor in read_tensors(found[0]).values())
+
+
+def test_a_folder_that_no_stopped_run_left_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["replay", str(tmp_path), str(tmp_path / "none")])
+    assert done.exit_code == 2 and "below 'failures'" in done.output
 
 
 def test_usual_losses_do_not_stop_training(

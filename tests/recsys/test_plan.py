@@ -1,6 +1,7 @@
 """Plans for hardware that is not there: every row is held once, bytes add up, and what cannot fit is named."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from etl.experiment_file import load
 from etl.faults import Fault, Faults
 from etl.schema import Schema, Table
 from recsys.cli import app
+from recsys.experiment import Experiment
 from recsys.learner import Learner
 from recsys.network import build_network
 from recsys.parallel.plan import Plan, make_plan
@@ -20,9 +23,11 @@ from recsys.parallel.sharders import Hardware, planner_of, sharder_of
 from recsys.parallel.world import open_world
 from recsys.plan import GIB, as_json, as_text, schema_for, write_picture
 from recsys.plan_options import PlanOptions
+from recsys.train import train
 from tests.recsys.conftest import RAW, SCHEMA, experiment
 
 pytestmark = pytest.mark.usefixtures("quiet")
+ROOT = Path(__file__).parents[2]
 ADAGRAD: dict[str, Any] = {"optimizer": "adagrad"}
 H100S = Hardware(16, 2, "cuda", 80 * GIB, 2048 * GIB)
 
@@ -106,6 +111,20 @@ def test_what_spills_lies_in_host_memory_behind_a_cache() -> None:
     assert plan.ranks[owner].hbm["cache"] >= 1_000_000 * (48 + 16) + 40_000_000
 
 
+def scale(*overrides: str, rows: dict[str, int] | None = None) -> tuple[Experiment, Schema]:
+    """The model of 800 GB, left to the planner."""
+    found = load(ROOT / "experiments/criteo/scale.toml", overrides=overrides, into=Experiment)
+    return found, schema_for(found, Path("none"), rows=rows or {})
+
+
+def test_tables_spill_only_where_they_do_not_fit() -> None:
+    chosen, schema = scale()
+    assert {shard.memory for shard in make_plan(chosen, schema, hardware=H100S).shards} == {"own"}
+    fewer = make_plan(chosen, schema, hardware=Hardware(8, 1, "cuda", 80 * GIB, 2048 * GIB))
+    spilled = {shard.table for shard in fewer.shards if shard.memory == "uvm_caching"}
+    assert {"C1", "C2", "C3", "C4"} <= spilled and spilled.isdisjoint({"C17", "C26"})
+
+
 def test_what_cannot_fit_is_named_with_what_would_help() -> None:
     chosen = experiment(embedding=ADAGRAD | {"sharding": "table_wise", "dim": 128})
     with pytest.raises(Fault) as fault:
@@ -125,9 +144,55 @@ def test_a_plan_at_its_limit_fits_and_one_rank_less_does_not() -> None:
         make_plan(chosen, large, hardware=Hardware(10, 1, "cuda", 80 * GIB, 2048 * GIB))
 
 
+def test_what_the_planner_does_not_count_has_to_fit_as_well(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables that fit beside the head, but not beside what they look up; said before training makes anything."""
+    chosen = experiment(train={"batch_size": 3_000_000}, embedding={"sharding": "table_wise"})
+    enough = sum(make_plan(chosen, SCHEMA, hardware=Hardware(1, 1, "cpu", 0, 80 * GIB)).ranks[0].ddr.values())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=int(enough / 0.9) - 10_000))
+    with pytest.raises(Fault) as fault:
+        train(chosen, data=dataset, run=tmp_path / "run", report=lambda line: None)
+    assert re.search(r"rank 0 with .* of host memory, .*lookups .* the most; of its tables 'pair' ", str(fault.value))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_that_does_not_fit_is_told_apart_from_tables_that_do_not() -> None:
     with pytest.raises(Fault, match=r"lower train\.batch_size"):
         make_plan(experiment(train={"batch_size": 200_000_000}), SCHEMA, hardware=H100S)
+
+
+def test_the_parts_of_a_step_are_looked_up_at_once_and_pass_the_head_one_after_the_other() -> None:
+    train = {"batch_size": 4096, "accumulate": 4}
+    whole, parts = (make_plan(experiment(train=own), SCHEMA, hardware=H100S) for own in ({"batch_size": 4096}, train))
+    large = make_plan(experiment(train={"batch_size": 4 * 4096}), SCHEMA, hardware=H100S)
+    assert (whole.batch_size, parts.batch_size) == (4096, 4 * 4096)
+    few, several, many = (plan.ranks[0].hbm for plan in (whole, parts, large))
+    assert several["activations"] == few["activations"] < many["activations"]
+    assert several["batches"] == many["batches"] == 4 * few["batches"]
+    assert several["lookups"] > many["lookups"] == 4 * few["lookups"]
+    assert parts.ranks[0].sent_bytes > 2 * whole.ranks[0].sent_bytes
+
+
+def test_ids_of_two_steps_are_there_at_once_on_several_ranks() -> None:
+    """An id takes 12 bytes, on the rank that asks and on the one that holds the rows."""
+
+    def lookups(ranks: int) -> int:
+        hardware = Hardware(ranks, 1, "cuda", 80 * GIB, 2048 * GIB)
+        chosen = experiment(train={"batch_size": 100}, embedding={"sharding": "row_wise"})
+        return make_plan(chosen, SCHEMA, hardware=hardware).ranks[0].hbm["lookups"]
+
+    slots, width = 3, 12 + 12 + 4
+    assert lookups(1) == 100 * (2 * slots * 12 + 3 * width * 4)
+    assert lookups(2) == 100 * (2 * 2 * slots * 12 + 4 * width * 4)
+
+
+def test_training_asks_the_planner_for_all_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("recsys.learner.shard", lambda *given, **named: asked.append(named["batch_size"]) or 1 / 0)
+    with open_world("cpu") as world, pytest.raises(ZeroDivisionError):
+        Learner(experiment(train={"batch_size": 32, "accumulate": 3}), SCHEMA, world=world)
+    assert asked == [96]
 
 
 def test_caches_are_planned_for_rows_that_are_fetched_ahead() -> None:
@@ -136,7 +201,7 @@ def test_caches_are_planned_for_rows_that_are_fetched_ahead() -> None:
     chosen = experiment(embedding=ADAGRAD | behind, train={"device": "cuda"})
     network = build_network(chosen, SCHEMA, table_device="meta")
     planner = planner_of(network.tables, chosen.embedding, hardware=H100S, batch_size=256)
-    tables = planner.plan(network, [sharder_of(chosen.embedding, "cuda")]).plan["tables"]
+    tables = planner.plan(network, sharder_of(chosen.embedding, "cuda")).plan["tables"]
     assert tables.keys() == {"user", "item", "pair"}
     for table in tables.values():
         assert table.compute_kernel == "fused_uvm_caching"
@@ -182,9 +247,36 @@ def test_text_and_picture_show_all_ranks(tmp_path: Path) -> None:
 def test_options_that_do_not_fit_together_are_refused(options: PlanOptions) -> None:
     with pytest.raises(Faults):
         _ = options.host_count
-    assert PlanOptions(world_size=1024).host_count == 128
     with pytest.raises(Faults):
         PlanOptions(rows=["item=many"]).row_counts()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts"), [(1, 1), (7, 1), (8, 1), (9, 3), (10, 2), (12, 2), (13, 13), (15, 3), (100, 20), (1024, 128)]
+)
+def test_hosts_are_the_fewest_of_at_most_8_ranks(ranks: int, hosts: int) -> None:
+    assert PlanOptions(world_size=ranks).host_count == hosts
+
+
+def test_what_a_remedy_says_can_be_planned_and_fits() -> None:
+    chosen, schema = scale("embedding.placement=hbm")
+    with pytest.raises(Fault) as fault:
+        make_plan(chosen, schema, hardware=Hardware(8, 1, "cuda", 80 * GIB, 2048 * GIB))
+    said = re.search(r"take (\d+) ranks or more", str(fault.value))
+    assert said and int(said[1]) == 16
+    plan = make_plan(chosen, schema, hardware=H100S)
+    assert all(sum(rank.hbm.values()) <= plan.hbm_limit for rank in plan.ranks)
+
+
+@pytest.mark.slow
+def test_1024_ranks_are_planned() -> None:
+    """10 TB: four tables larger than a host, which all ranks share."""
+    chosen, schema = scale("train.batch_size=1024", rows=dict.fromkeys(("C1", "C2", "C3", "C4"), 4_500_000_000))
+    plan = make_plan(chosen, schema, hardware=Hardware(1024, 128, "cuda", 80 * GIB, 2048 * GIB))
+    assert {s.sharding for s in plan.shards if s.table == "C1"} == {"row_wise"}
+    for table, rows in plan.tables.items():
+        assert sum(s.rows * s.columns for s in plan.shards if s.table == table) == rows * 128
+    assert all(sum(rank.hbm.values()) <= plan.hbm_limit for rank in plan.ranks)
 
 
 def test_the_command(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

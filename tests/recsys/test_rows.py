@@ -1,10 +1,12 @@
 """Sharded tables, moved by FBGEMM or by our own optimizers, against plain tables, autograd and a loop over rows."""
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -14,7 +16,7 @@ from recsys.learner import dense_optimizer
 from recsys.models import MODELS
 from recsys.models.head import ModelConfig
 from recsys.optim import DenseOptimizer, OptimizerSettings, start_states, state_count, update
-from recsys.parallel.rows import needs_own_rows, summed
+from recsys.parallel.rows import RowOptimizer, needs_own_rows, summed
 from recsys.parallel.shard import Sharded, shard
 from recsys.parallel.world import World, open_world
 from tests.registry import config_of, network_of, random_rows, rich_schema
@@ -312,3 +314,35 @@ def test_gradients_of_equal_rows_are_added_up(count: int) -> None:
     whole = torch.zeros(60, 4).index_add_(0, rows_I, gradient_GW[place_I])
     assert touched_R.tolist() == sorted(set(rows_I.tolist()))
     assert torch.allclose(gradient_RW, whole[touched_R], atol=1e-5)
+
+
+def test_states_lie_where_the_rows_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An FBGEMM module of a GPU holds tables in both memories, each counted from the start of its own."""
+    asked: list[list[int]] = []
+
+    def unified(one: Tensor, shape: list[int], *, is_host_mapped: bool) -> Tensor:
+        asked.append(shape)
+        return torch.ones(shape, dtype=one.dtype)
+
+    monkeypatch.setattr(torch.ops.fbgemm, "new_unified_tensor", unified)
+    sizes = {"dev": 3 * 8, "uvm": 2 * 8, "host": 0}
+    memories = {
+        f"{name}_{place}": torch.rand(size) for name in ("weights", "momentum1") for place, size in sizes.items()
+    }
+    module = SimpleNamespace(
+        embedding_specs=[(3, 8, EmbeddingLocation.DEVICE, None), (2, 8, EmbeddingLocation.MANAGED, None)],
+        weights_physical_offsets=[0, 0],
+        feature_table_map=[0, 1],
+        D_offsets=torch.tensor([0, 8, 16]),
+        placeholder_autograd_tensor=torch.zeros(0),
+        forward=None,
+        **memories,
+    )
+    rows = RowOptimizer(Embedding.model_validate({"dim": 8} | OPTIMIZERS["adam"]))
+    rows.attach(module, [8, 8])  # type: ignore[arg-type]
+    for group, place in zip(rows.groups, ("dev", "uvm"), strict=True):
+        assert group.weights_RW.data_ptr() == memories[f"weights_{place}"].data_ptr()
+        assert group.states[0].data_ptr() == memories[f"momentum1_{place}"].data_ptr()
+        assert group.second_RW is not None and group.second_RW.shape == group.weights_RW.shape
+        assert not group.second_RW.any()
+    assert asked == [[2, 8]]
