@@ -18,7 +18,7 @@ from deploy import exporter, monitor, ranker, ranking, served_program, triton_mo
 from deploy.bundle import MARKER, Bundle, Cost, ServeDefaults, Signature, file_hashes
 from deploy.native import level_of
 from deploy.offline import Scores, offline_scores
-from deploy.precision import costs, refuse_costly
+from deploy.precision import accepted, costs
 from deploy.program import Precision, Shape, save_program, served_network
 from deploy.reference import write_reference
 from etl.artifact import new_folder, read_json, write_json
@@ -32,6 +32,7 @@ from etl.transform import Packed, Transform
 from recsys.experiment import Experiment, Export
 from recsys.predict import load_network
 
+_TOLERANCE, _LOWER_TOLERANCE = 1e-6, 1e-3
 _EDGES: dict[str, list[Any]] = {
     "string": [None, "", "a text that no training row holds", "日本語"],
     "int64": [None, 0, 2**63 - 1, -(2**63) + 2],
@@ -59,10 +60,11 @@ def export(
     changed = experiment.export.model_dump() | dict(overrides or {})
     settings = parse(changed, place="[export]", into=Export)
     experiment = experiment.model_copy(update={"export": settings})
-    precision, level = Precision(settings.tables, settings.dense), level_of(settings.compile)
+    wanted, level = Precision(settings.tables, settings.dense), level_of(settings.compile)
     valid = (data or run.parent / "data") / "valid"
-    found = costs(network, schema, valid=valid, limit_rows=settings.cost_rows)
-    refuse_costly(found, precision, budget=settings)
+    lower = settings.tolerance or _LOWER_TOLERANCE
+    found = costs(network, schema, valid=valid, limit_rows=settings.cost_rows, tolerance=lower)
+    precision = accepted(found, wanted, budget=settings)
     transform = Transform.load(run / "transform")
     with new_folder(out, marker=MARKER) as folder:
         _copy_parts(run, folder)
@@ -72,7 +74,7 @@ def export(
         rows = golden_rows(experiment, transform)
         offline = offline_scores(network, transform, table=rows)
         _write_golden(folder / "golden", rows, offline=offline, tasks=schema.task_names)
-        tolerance = settings.tolerance or (1e-6 if precision == Precision() else 1e-3)
+        tolerance = lower if settings.tolerance or wanted != Precision() else _TOLERANCE
         check = _Golden(pack(rows, transform.signature), offline, tolerance)
         for native in (False, True) if level else (False,):
             _check(folder, check, max_rows=shape.max_rows, native=native)
