@@ -81,15 +81,15 @@ def load_server(url: str, requests: Sequence[bytes], *, rows: int, load: Load, s
     with grpc.insecure_channel(url, options=_CHANNEL) as channel:
         call = channel.unary_unary(_INFER)
         _run(call, requests, load=Load(load.clients, load.rate, _WARM_UP_S))
-        before_s = _cpu_seconds(pid)
+        before_s = cpu_seconds(pid)
         begin = time.perf_counter()
         latencies, errors = _run(call, requests, load=load)
         seconds = time.perf_counter() - begin
-        cpu_s = _cpu_seconds(pid) - before_s
+        cpu_s = cpu_seconds(pid) - before_s
     if not latencies:
         remedy = "send what the server takes, see 'deploy bench --help'"
         raise Fault(url, got=errors[0] if errors else "no answer", wanted="answers", remedy=remedy)
-    return _measured(side, latencies, failed=len(errors), rows=rows, seconds=seconds, cpu_s=cpu_s if pid else None)
+    return measured(side, latencies, failed=len(errors), rows=rows, seconds=seconds, cpu_s=cpu_s if pid else None)
 
 
 def run_in_process(score: Callable[[int], None], *, rows: int, seconds: float, side: str) -> Measured:
@@ -102,10 +102,10 @@ def run_in_process(score: Callable[[int], None], *, rows: int, seconds: float, s
         score(len(latencies))
         latencies.append(time.perf_counter() - start)
     seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_s
-    return _measured(side, latencies, failed=0, rows=rows, seconds=seconds, cpu_s=cpu_s)
+    return measured(side, latencies, failed=0, rows=rows, seconds=seconds, cpu_s=cpu_s)
 
 
-def _measured(
+def measured(
     side: str, latencies_s: Sequence[float], *, failed: int, rows: int, seconds: float, cpu_s: float | None
 ) -> Measured:
     found_ms = np.asarray(latencies_s) * 1e3
@@ -172,7 +172,7 @@ def _note(due: float, *, latencies: list[float], errors: list[str], free: Semaph
     return done
 
 
-def _cpu_seconds(server_pid: int | None) -> float:
+def cpu_seconds(server_pid: int | None) -> float:
     """Of tritonserver and its stubs so far."""
     if server_pid is None:
         return 0.0
