@@ -7,6 +7,7 @@ model server, so it imports nothing of ours; the bundle's transform and program 
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +241,7 @@ def _ignore(transform: Any, *, packed: Any, encoded: Any, skip: frozenset[str] =
 
 
 def _pieces(counts: Sequence[int]) -> list[slice]:
-    ends = np.cumsum(counts).tolist()
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    return [slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
 
 
 def _finite(scored: Scored) -> Result:
