@@ -108,6 +108,7 @@ def run_in_process(score: Callable[[int], None], *, rows: int, seconds: float, s
 def measured(
     side: str, latencies_s: Sequence[float], *, failed: int, rows: int, seconds: float, cpu_s: float | None
 ) -> Measured:
+    """From the latencies of the answered requests, and the time that all of them took."""
     found_ms = np.asarray(latencies_s) * 1e3
     done = len(found_ms) * rows
     p50, p95, p99 = (float(value) for value in np.percentile(found_ms, (50, 95, 99)))

@@ -41,12 +41,12 @@ def costs(network: Network, schema: Schema, *, valid: Path, limit_rows: int, tol
     if not valid.is_dir():
         return ()
     ids_RS, floats_RN, labels_RT, weights_RT = _read(Split(valid, schema), limit_rows=limit_rows)
-    rows = Rows(ids_RS, floats_RN, _logits_RT(served_network(network), ids_RS, floats_RN).sigmoid())
+    rows = Rows(ids_RS, floats_RN, _logits_RT(served_network(network), ids_RS, floats_RN=floats_RN).sigmoid())
     found: list[Cost] = []
     for wanted in PRECISIONS:
         precision = fitted(network, wanted, rows=rows, tolerance=tolerance)
         served = served_network(network, precision)
-        logits_RT = _logits_RT(served, ids_RS, floats_RN)
+        logits_RT = _logits_RT(served, ids_RS, floats_RN=floats_RN)
         metrics = task_metrics(
             schema.task_names, labels_RT=labels_RT.numpy(), logits_RT=logits_RT.numpy(), weights_RT=weights_RT.numpy()
         )
@@ -146,7 +146,7 @@ def _read(split: Split, *, limit_rows: int) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _logits_RT(served: ServedNetwork, ids_RS: Tensor, floats_RN: Tensor) -> Tensor:
+def _logits_RT(served: ServedNetwork, ids_RS: Tensor, *, floats_RN: Tensor) -> Tensor:
     parts = [slice(at, at + _BATCH_ROWS) for at in range(0, len(ids_RS), _BATCH_ROWS)]
     with torch.inference_mode():
         return torch.cat([served.logits_BT(ids_RS[part], floats_RN[part]) for part in parts])
@@ -154,7 +154,7 @@ def _logits_RT(served: ServedNetwork, ids_RS: Tensor, floats_RN: Tensor) -> Tens
 
 def _difference(served: ServedNetwork, rows: Rows) -> float:
     """The largest change of a probability."""
-    logits_RT = _logits_RT(served, rows.ids_RS, rows.floats_RN)
+    logits_RT = _logits_RT(served, rows.ids_RS, floats_RN=rows.floats_RN)
     return float((logits_RT.sigmoid() - rows.probability_RT).abs().max())
 
 
