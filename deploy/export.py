@@ -29,6 +29,7 @@ from etl.schema import Schema
 from etl.sources import arrow_type, read_raw_split
 from etl.spec import expanded
 from etl.transform import Packed, Transform
+from recsys.data import open_dataset
 from recsys.experiment import Experiment, Export
 from recsys.predict import load_network
 
@@ -48,11 +49,13 @@ def export(
 ) -> Bundle:
     """Writes the bundle folder at once and returns what its manifest says.
 
-    `data` is the dataset folder, by default beside the run; `overrides` are settings that replace those of `[export]`.
+    `data` is the dataset folder, by default beside the run: without one there are no costs, and no drift of values.
+    `overrides` are settings that replace those of `[export]`.
 
     Raises:
-        Fault: the run has no result, its raw test files are gone, a golden row's score differs by more than the
-            tolerance in `[export]`, or a lower precision moves AUC or NE of the validation rows beyond the budget.
+        Fault: the run has no result, its raw test files are gone, the dataset folder is another experiment's, a golden
+            row's score differs by more than the tolerance in `[export]`, or a lower precision moves AUC or NE of the
+            validation rows beyond the budget.
         Faults: overrides that are no settings.
     """
     result = read_json(run / "result.json", remedy="finish the training: python -m recsys train EXP.toml")
@@ -61,14 +64,17 @@ def export(
     settings = parse(changed, place="[export]", into=Export)
     experiment = experiment.model_copy(update={"export": settings})
     wanted, level = Precision(settings.tables, settings.dense), level_of(settings.compile)
-    valid = (data or run.parent / "data") / "valid"
+    dataset = data or run.parent / "data"
+    valid = dataset / "valid"
+    if valid.is_dir():
+        open_dataset(dataset, experiment.data_hash())
     lower = settings.tolerance or _LOWER_TOLERANCE
     found = costs(network, schema, valid=valid, limit_rows=settings.cost_rows, tolerance=lower)
     precision = accepted(found, wanted, budget=settings)
     transform = Transform.load(run / "transform")
     with new_folder(out, marker=MARKER) as folder:
         _copy_parts(run, folder)
-        write_reference(run, folder, schema=schema)
+        write_reference(run, folder, schema=schema, dataset=dataset)
         shape = Shape(experiment.serve.max_batch_size, slots=len(schema.slot_names), floats=len(schema.float_names))
         save_program(served_network(network, precision), folder, shape=shape, level=level)
         rows = golden_rows(experiment, transform)

@@ -118,7 +118,7 @@ def accepted(found: Sequence[Cost], precision: Precision, *, budget: Export) -> 
 def cost_lines(found: Sequence[Cost]) -> list[str]:
     """A table for people, a line each; of several tasks the first one's figures."""
     if not found:
-        return []
+        return ["no dataset folder: costs of precisions are not known, nor is the drift of values when it serves"]
     task = next(iter(found[0].auc))
     lines = [f"{'tables':7}{'dense':7}{'MB':>10}{'AUC':>10}{'NE':>10}{'largest difference':>21}  kept"]
     for cost in found:

@@ -13,16 +13,16 @@ REFERENCE = "reference.json"
 _BINS = 10
 
 
-def write_reference(run: Path, folder: Path, *, schema: Schema) -> None:
+def write_reference(run: Path, folder: Path, *, schema: Schema, dataset: Path) -> None:
     """Writes `reference.json`: score bins of each task, and how often each feature's value had a row of its own.
 
     The validation rows' scores are those that the run wrote: scores of training rows are sharper than any that are
-    served. Values are counted in the dataset folder beside the run; without one, and for lists, there is no reference.
+    served. Values were counted in the dataset folder of the run; without one, and for lists, there is no reference.
 
     Raises:
         Fault: the run's predictions are gone.
     """
-    write_json(folder / REFERENCE, {"scores": _scores(run, schema), "features": _values(run.parent / "data", schema)})
+    write_json(folder / REFERENCE, {"scores": _scores(run, schema), "features": _values(dataset, schema)})
 
 
 def _scores(run: Path, schema: Schema) -> Json:
@@ -35,12 +35,10 @@ def _scores(run: Path, schema: Schema) -> Json:
     return found
 
 
-def _values(data: Path, schema: Schema) -> Json:
+def _values(dataset: Path, schema: Schema) -> Json:
     single = [feature.name for feature in schema.features if feature.slots == 1 and feature.type != "field"]
-    if not (data / "manifest.json").is_file():
+    if not (dataset / "manifest.json").is_file():
         return {}
-    valid = read_json(data / "manifest.json", remedy="run the ETL again")["splits"]["valid"]
-    if set(valid["features"]) != set(schema.id_names):
-        return {}  # another experiment's
+    valid = read_json(dataset / "manifest.json", remedy="run the ETL again")["splits"]["valid"]
     counts = {name: (valid["features"][name]["missing"], valid["features"][name]["unseen"]) for name in single}
     return {name: [valid["rows"] - missing - unseen, missing, unseen] for name, (missing, unseen) in counts.items()}

@@ -125,6 +125,26 @@ def test_a_lower_precision_needs_validation_rows(run_folder: Path, tmp_path: Pat
         exporting.export(run_folder, tmp_path / "other", data=tmp_path, overrides=int8)
     plain = exporting.export(run_folder, tmp_path / "other", data=tmp_path, overrides={"compile": "off"})
     assert plain.costs == ()
+    assert cost_lines(plain.costs) == [
+        "no dataset folder: costs of precisions are not known, nor is the drift of values when it serves"
+    ]
+    assert json.loads((tmp_path / "other" / "reference.json").read_text())["features"] == {}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_dataset_that_is_named_is_the_reference_of_drift(run_folder: Path, exported: Path, tmp_path: Path) -> None:
+    run, beside = shutil.copytree(run_folder, tmp_path / "run"), tmp_path / "data"
+    (beside / "valid").mkdir(parents=True)
+    manifest = json.loads((run_folder.parent / "data" / "manifest.json").read_text())
+    (beside / "manifest.json").write_text(json.dumps(manifest | {"hash": "0" * 64}))
+    with pytest.raises(Fault, match=r"manifest\.json: got data of another feature spec"):
+        exporting.export(run, tmp_path / "bundle", overrides={"compile": "off"})
+    exporting.export(run, tmp_path / "bundle", data=run_folder.parent / "data", overrides={"compile": "off"})
+    features, wanted = (
+        json.loads((folder / "reference.json").read_text())["features"] for folder in (tmp_path / "bundle", exported)
+    )
+    assert features == wanted
+    assert set(features) >= {"site", "item"}
 
 
 @pytest.mark.parametrize("metric", ["auc", "ne"])
