@@ -31,7 +31,7 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         signature = json.loads(parameters["signature"]["string_value"])
         transform, beside = _load(folder, "transform"), _load(folder, "ranker")
-        program = _load(folder, "served_program").load_program(folder)
+        program = _load(folder, "served_program").load_program(folder, device=_device(args))
         ranker = beside.Ranker(folder, transform, program=program)
         self._kinds: list[_Rows | _Ranked] = [_Rows(ranker, beside)]
         if "ranking" in signature:
@@ -135,6 +135,11 @@ def _half(given: Mapping[str, Any], prefix: str, *, blank: Callable[[int], Any],
         return make(*(given[name] for name in names))
     none = blank(len(next(iter(given.values()))))
     return make(given.get(names[0], none.keys), given.get(names[1], none.numbers))
+
+
+def _device(args: Mapping[str, str]) -> str:
+    """Where the config puts this instance, as torch names it."""
+    return f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu"
 
 
 def _check_arrays() -> None:
