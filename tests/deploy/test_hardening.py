@@ -222,6 +222,7 @@ def test_a_process_killed_under_load_is_back_and_leaks_nothing(bundle: Path, vic
 
 @pytest.mark.slow
 @pytest.mark.triton
+@pytest.mark.usefixtures("one_try")
 def test_a_stop_under_load_answers_all_that_was_accepted_though_a_connection_idles(bundle: Path) -> None:
     """A request is answered, or refused as a whole; none is lost on the way."""
     with serving(bundle) as (server, state):

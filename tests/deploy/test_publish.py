@@ -143,6 +143,7 @@ def until_served(server: Server, versions: list[tuple[str, str]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.triton
+@pytest.mark.usefixtures("one_try")
 def test_three_thousand_requests_over_swaps_broken_versions_and_a_rollback(bundle: Path) -> None:
     repository = bundle.parent / "repository"
     with serving(bundle) as (process, server):
