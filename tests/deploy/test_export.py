@@ -128,7 +128,7 @@ def test_a_lower_precision_needs_validation_rows(run_folder: Path, tmp_path: Pat
     assert cost_lines(plain.costs) == [
         "no dataset folder: costs of precisions are not known, nor is the drift of values when it serves"
     ]
-    assert json.loads((tmp_path / "other" / "reference.json").read_text())["features"] == {}
+    assert json.loads((tmp_path / "other" / "reference.json").read_text())["numbers"] == {}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -140,11 +140,11 @@ def test_the_dataset_that_is_named_is_the_reference_of_drift(run_folder: Path, e
     with pytest.raises(Fault, match=r"manifest\.json: got data of another feature spec"):
         exporting.export(run, tmp_path / "bundle", overrides={"compile": "off"})
     exporting.export(run, tmp_path / "bundle", data=run_folder.parent / "data", overrides={"compile": "off"})
-    features, wanted = (
-        json.loads((folder / "reference.json").read_text())["features"] for folder in (tmp_path / "bundle", exported)
-    )
-    assert features == wanted
-    assert set(features) >= {"site", "item"}
+    found, wanted = (json.loads((folder / "reference.json").read_text()) for folder in (tmp_path / "bundle", exported))
+    assert found == wanted
+    assert set(found["features"]) >= {"site", "item"}
+    assert set(found["numbers"]) == {"age", "price"}
+    assert {sum(bins["counts"]) for bins in found["numbers"].values()} == {manifest["splits"]["valid"]["rows"]}
 
 
 @pytest.mark.parametrize("metric", ["auc", "ne"])
