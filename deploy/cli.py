@@ -24,6 +24,10 @@ KeyFile = Annotated[
 Tls = Annotated[
     Path | None, typer.Option(help="Folder with ca.crt, and tls.crt and tls.key for mutual TLS; default: plain gRPC.")
 ]
+ServerUrls = Annotated[
+    list[str] | None,
+    typer.Option("--url", help="gRPC address of a server that serves it, HOST:PORT; once for each of several."),
+]
 Url = Annotated[str, typer.Option(help="The server's gRPC address, HOST:PORT.")]
 
 
@@ -96,7 +100,7 @@ def publish(
     bundle: BundleFolder,
     *,
     repo: Repository,
-    url: Annotated[str | None, typer.Option(help="gRPC address of the server that serves it, HOST:PORT.")] = None,
+    url: ServerUrls = None,
     key_file: KeyFile = None,
     tls: Tls = None,
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep, the served one among them.")] = 3,
@@ -111,7 +115,7 @@ def publish(
         quiet_libraries()
         from deploy.publish import publish as run_publication
 
-        done = run_publication(bundle, repo, server=_server(url, repo=repo, key_file=key_file, tls=tls), keep=keep)
+        done = run_publication(bundle, repo, servers=_servers(url, repo=repo, key_file=key_file, tls=tls), keep=keep)
         before = f"before: {done.before}" if done.before else "the first"
         print(f"{repo}: version {done.version} is served ({before}), kept {', '.join(map(str, done.kept))}")
 
@@ -120,7 +124,7 @@ def publish(
 def rollback(
     *,
     repo: Repository,
-    url: Annotated[str | None, typer.Option(help="gRPC address of the server that serves it, HOST:PORT.")] = None,
+    url: ServerUrls = None,
     key_file: KeyFile = None,
     tls: Tls = None,
 ) -> None:
@@ -131,7 +135,7 @@ def rollback(
         quiet_libraries()
         from deploy.publish import rollback as run_rollback
 
-        done = run_rollback(repo, server=_server(url, repo=repo, key_file=key_file, tls=tls))
+        done = run_rollback(repo, servers=_servers(url, repo=repo, key_file=key_file, tls=tls))
         print(f"{repo}: version {done.version} is served again, version {done.before} is removed")
 
 
@@ -217,9 +221,9 @@ def bench(
             write_results(out, results, rows=rows, load=load)
 
 
-def _server(url: str | None, *, repo: Path, key_file: Path | None, tls: Path | None) -> "Server | None":
+def _servers(urls: list[str] | None, *, repo: Path, key_file: Path | None, tls: Path | None) -> "list[Server]":
     from deploy.control import Server
     from deploy.server import KEY_FILE
 
     default = repo.resolve().parent / "server" / KEY_FILE
-    return Server(url, key_file or default, tls) if url else None
+    return [Server(url, key_file or default, tls) for url in urls or []]
