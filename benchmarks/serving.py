@@ -2,24 +2,29 @@
 
 26 ids and 13 numbers, 3,000,000 rows x 16 in 26 hashed tables, three layers of 400. The bundle is made by the ordinary
 commands from clicks of `etl synth`; the network is trained for one epoch of few rows, since its weights cost nothing.
-The sides take turns in one run, one thread each, with one instance of every model in one server; figures are medians of
-many short rounds, since what else a machine does changes CPU time too. CPU time through Triton is that of the server
-and its stubs; the load comes from this process, on the same cores.
+The sides take turns in one run, one thread each; figures are medians of many short rounds, since what else a machine
+does changes CPU time too. CPU time through Triton is that of the server and its stubs; the load comes from this
+process, on the same cores, so it comes through HTTP from one thread, which takes a fifth of the time of Python's gRPC.
+Sides have one instance unless they say how many.
 
 The last line is a JSON object: `triton_over_inprocess_512` is CPU time a row through Triton over that of the same
-transform and program in this process, `triton_over_program_512` over the program's alone, both at 512 rows and one
-client; `rows_per_s_vs_eager_64x8` compares rows/s with the eager model at 64 rows and 8 clients, `cpu_vs_eager_64x8`
-its CPU time a row with ours; `echo_share_64x8` is the empty model's share of our CPU time; `bf16_over_fp32_512`
-compares rows/s of the two precisions and is null on a CPU without bfloat16; the others are those of
+transform and program in this process, `triton_over_program_512` over the program's alone, both in fp32 at 512 rows and
+one client; `bf16_over_fp32_512` compares rows/s of the two precisions there, and is null on a CPU without bfloat16.
+At 64 rows and 8 clients, `rows_per_s_vs_eager_64x8` compares rows/s of what one would serve, bf16 where the CPU has it
+and as many instances as cores, with the eager fp32 model of one instance; `grpc_vs_eager_64x8` does so through gRPC,
+`fp32_vs_eager_64x8` and `best_vs_eager_64x8` with one instance on either side, and `instances_vs_eager_64x8` with as
+many as cores on either side; `cpu_vs_eager_64x8` is the eager model's CPU time a row over that of the best precision,
+both of one instance, `echo_share_64x8` the empty model's share of our fp32 one. The others are those of
 benchmarks/serving_instances.py.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -29,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import etl.transform  # noqa: E402
+from benchmarks.load.closed_http import http_requests, load_http  # noqa: E402
 from benchmarks.serving_instances import command, two_instances  # noqa: E402
 from deploy import ranker  # noqa: E402
 from deploy.bench import Load, Measured, load_server, requests_of, run_in_process  # noqa: E402
@@ -40,6 +46,7 @@ from deploy.server import EmbeddedServer, Endpoint, ServerOptions  # noqa: E402
 from etl.transform import Packed  # noqa: E402
 
 EAGER = "eager"
+CORES = os.cpu_count() or 1
 EXPERIMENT = """
 name = "serving"
 seed = 1
@@ -99,7 +106,7 @@ class TritonPythonModel:
 def main() -> None:
     """Makes the bundle, serves it, measures in turns, prints a table and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each side in a round")
     parser.add_argument("--quick", action="store_true", help="small tables, one short round: shows that it works")
     options = parser.parse_args()
@@ -152,29 +159,51 @@ def compare(folder: Path, bundle: Path, *, half: Path | None, rounds: int, secon
             f"{measured.side:32}{measured.rows_per_s:12,.0f} rows/s{measured.p50_ms:9.2f} ms{cpu_us:10.2f} CPU-us/row"
         )
 
-    with serving(folder / "served", bundle) as server:
+    one, many, best = Load(1, seconds=seconds), Load(8, seconds=seconds), "bf16" if half else "fp32"
+    with ExitStack() as servers:
+        server = servers.enter_context(serving(folder / "served", bundle))
+        lower = servers.enter_context(serving(folder / "half", half)) if half else server
+        wide = servers.enter_context(serving(folder / "wide", half or bundle, instances=CORES))
         for _ in range(rounds):
             for side, score in (("in process, transform + program", whole), ("in process, program", program)):
                 note(run_in_process(score, rows=512, seconds=seconds, side=side))
-            for model in (MODEL, EAGER):
-                note(sent(server, packed, model=model, rows=512, load=Load(1, seconds=seconds)))
-            for model in (MODEL, EAGER, ECHO):
-                note(sent(server, packed, model=model, rows=64, load=Load(8, seconds=seconds)))
-    if half is not None:
-        with serving(folder / "half", half) as server, serving(folder / "full", bundle) as other:
-            for _ in range(rounds):
-                note(sent(server, packed, model=MODEL, rows=512, load=Load(1, seconds=seconds), side="bf16"))
-                note(sent(other, packed, model=MODEL, rows=512, load=Load(1, seconds=seconds), side="fp32"))
+            note(sent(server, packed, model=MODEL, rows=512, load=one, side="fp32 512 x 1"))
+            note(sent(server, packed, model=EAGER, rows=512, load=one, side="eager 512 x 1"))
+            if half:
+                note(sent(lower, packed, model=MODEL, rows=512, load=one, side="bf16 512 x 1"))
+                note(sent(lower, packed, model=MODEL, rows=64, load=many, side="bf16 64 x 8"))
+            note(sent(server, packed, model=MODEL, rows=64, load=many, side="fp32 64 x 8"))
+            note(sent(server, packed, model=EAGER, rows=64, load=many, side="eager 64 x 8"))
+            note(sent(server, packed, model=ECHO, rows=64, load=many, side="echo 64 x 8"))
+            note(sent(wide, packed, model=MODEL, rows=64, load=many, side=f"{best} 64 x 8, instances {CORES}"))
+            note(sent(wide, packed, model=EAGER, rows=64, load=many, side=f"eager 64 x 8, instances {CORES}"))
+            note(sent_grpc(wide, packed, model=MODEL, rows=64, load=many, side=f"{best} gRPC, instances {CORES}"))
+            note(sent_grpc(server, packed, model=EAGER, rows=64, load=many, side="eager gRPC"))
+    return ratios(found, best=best)
+
+
+def ratios(found: Mapping[str, Sequence[Measured]], *, best: str) -> dict[str, float | None]:
+    """Of medians; `best` is the precision that one would serve on this CPU."""
     cpu_us = {side: median(each.cpu_us_per_row or 0.0 for each in all_) for side, all_ in found.items()}
     speed = {side: median(each.rows_per_s for each in all_) for side, all_ in found.items()}
-    served = cpu_us[f"{MODEL} 512 x 1"]
-    return {
-        "triton_over_inprocess_512": round(served / cpu_us["in process, transform + program"], 2),
-        "triton_over_program_512": round(served / cpu_us["in process, program"], 2),
-        "rows_per_s_vs_eager_64x8": round(speed[f"{MODEL} 64 x 8"] / speed[f"{EAGER} 64 x 8"], 2),
-        "cpu_vs_eager_64x8": round(cpu_us[f"{EAGER} 64 x 8"] / cpu_us[f"{MODEL} 64 x 8"], 2),
-        "echo_share_64x8": round(cpu_us[f"{ECHO} 64 x 8"] / cpu_us[f"{MODEL} 64 x 8"], 2),
-        "bf16_over_fp32_512": round(speed["bf16"] / speed["fp32"], 2) if half else None,
+    for side in found:
+        print(f"median of {side:32}{speed[side]:12,.0f} rows/s{cpu_us[side]:19.2f} CPU-us/row")
+    wide, eager = f"{best} 64 x 8, instances {CORES}", speed["eager 64 x 8"]
+    values = {
+        "triton_over_inprocess_512": cpu_us["fp32 512 x 1"] / cpu_us["in process, transform + program"],
+        "triton_over_program_512": cpu_us["fp32 512 x 1"] / cpu_us["in process, program"],
+        "rows_per_s_vs_eager_64x8": speed[wide] / eager,
+        "fp32_vs_eager_64x8": speed["fp32 64 x 8"] / eager,
+        "best_vs_eager_64x8": speed[f"{best} 64 x 8"] / eager,
+        "grpc_vs_eager_64x8": speed[f"{best} gRPC, instances {CORES}"] / speed["eager gRPC"],
+        "instances_vs_eager_64x8": speed[wide] / speed[f"eager 64 x 8, instances {CORES}"],
+        "cpu_vs_eager_64x8": cpu_us["eager 64 x 8"] / cpu_us[f"{best} 64 x 8"],
+        "echo_share_64x8": cpu_us["echo 64 x 8"] / cpu_us["fp32 64 x 8"],
+    }
+    lower = speed["bf16 512 x 1"] / speed["fp32 512 x 1"] if best == "bf16" else None
+    return {name: round(value, 2) for name, value in values.items()} | {
+        "bf16_over_fp32_512": lower and round(lower, 2),
+        "instances": CORES,
     }
 
 
@@ -199,10 +228,10 @@ def in_process(bundle: Path, packed: Packed, *, rows: int) -> tuple[Callable[[in
 
 
 @contextmanager
-def serving(folder: Path, bundle: Path) -> Iterator[Endpoint]:
-    """The bundle, an echo and the eager network in one server."""
+def serving(folder: Path, bundle: Path, *, instances: int = 1) -> Iterator[Endpoint]:
+    """The bundle, an echo and the eager network in one server, so many instances of each."""
     repository = folder / "repository"
-    made = make_repository(bundle, repository, instances=1)
+    made = make_repository(bundle, repository, instances=instances)
     add_echo(repository, tasks=len(made.tasks))
     config = (repository / ECHO / "config.pbtxt").read_text(encoding="utf-8")
     (repository / EAGER / "1").mkdir(parents=True)
@@ -213,11 +242,16 @@ def serving(folder: Path, bundle: Path) -> Iterator[Endpoint]:
         yield server.start()
 
 
-def sent(server: Endpoint, packed: Packed, *, model: str, rows: int, load: Load, side: str | None = None) -> Measured:
+def sent(server: Endpoint, packed: Packed, *, model: str, rows: int, load: Load, side: str) -> Measured:
     """One side through Triton. CPU time counts the server and all stubs: those of idle models take none."""
-    side = side or f"{model} {rows} x {load.clients}"
-    requests = requests_of(packed, model, rows=rows)
-    return load_server(server.url, requests, rows=rows, load=load, side=side, pid=server.pid)
+    return load_http(server, http_requests(packed, model, rows=rows), rows=rows, load=load, side=side)
+
+
+def sent_grpc(server: Endpoint, packed: Packed, *, model: str, rows: int, load: Load, side: str) -> Measured:
+    """The same through Python's gRPC, as the load test and the client do it."""
+    return load_server(
+        server.url, requests_of(packed, model, rows=rows), rows=rows, load=load, side=side, pid=server.pid
+    )
 
 
 if __name__ == "__main__":

@@ -59,11 +59,14 @@ class ServeDefaults(_Record):
 class Cost(_Record):
     """Of one precision on validation rows: bytes of all weights, AUC and NE by task, largest change of a probability.
 
-    A figure that the rows leave undefined is None.
+    `finer` is what tables hold instead where `tables` would change a probability by too much, `kept` names the layers
+    that stay float32 for the same reason. A figure that the rows leave undefined is None.
     """
 
-    tables: str
-    dense: str
+    tables: Literal["fp32", "fp16", "int8"]
+    dense: Literal["fp32", "bf16"]
+    finer: Literal["fp32", "fp16"] | None = None
+    kept: tuple[str, ...] = ()
     size_bytes: int
     rows: int
     auc: dict[str, float | None]

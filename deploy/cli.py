@@ -1,11 +1,13 @@
 """The commands of serving."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploy.bench_options import BenchOptions
 from etl.faults import exit_on_fault
+from etl.options import an_option_for_each_field
 
 if TYPE_CHECKING:
     from deploy.control import Server
@@ -24,6 +26,10 @@ KeyFile = Annotated[
 Tls = Annotated[
     Path | None, typer.Option(help="Folder with ca.crt, and tls.crt and tls.key for mutual TLS; default: plain gRPC.")
 ]
+ServerUrls = Annotated[
+    list[str] | None,
+    typer.Option("--url", help="gRPC address of a server that serves it, HOST:PORT; once for each of several."),
+]
 Url = Annotated[str, typer.Option(help="The server's gRPC address, HOST:PORT.")]
 
 
@@ -41,7 +47,7 @@ def export(
 ) -> None:
     """Write a bundle: weights, program, transform and golden requests. Refused where its scores are not the run's.
 
-    Prints what each precision costs on the validation rows.
+    Prints what each precision costs on the validation rows, and what of the network it leaves finer.
     """
     with exit_on_fault():
         from recsys.progress import quiet_libraries
@@ -96,7 +102,7 @@ def publish(
     bundle: BundleFolder,
     *,
     repo: Repository,
-    url: Annotated[str | None, typer.Option(help="gRPC address of the server that serves it, HOST:PORT.")] = None,
+    url: ServerUrls = None,
     key_file: KeyFile = None,
     tls: Tls = None,
     keep: Annotated[int, typer.Option(min=1, help="Versions to keep, the served one among them.")] = 3,
@@ -111,7 +117,7 @@ def publish(
         quiet_libraries()
         from deploy.publish import publish as run_publication
 
-        done = run_publication(bundle, repo, server=_server(url, repo=repo, key_file=key_file, tls=tls), keep=keep)
+        done = run_publication(bundle, repo, servers=_servers(url, repo=repo, key_file=key_file, tls=tls), keep=keep)
         before = f"before: {done.before}" if done.before else "the first"
         print(f"{repo}: version {done.version} is served ({before}), kept {', '.join(map(str, done.kept))}")
 
@@ -120,7 +126,7 @@ def publish(
 def rollback(
     *,
     repo: Repository,
-    url: Annotated[str | None, typer.Option(help="gRPC address of the server that serves it, HOST:PORT.")] = None,
+    url: ServerUrls = None,
     key_file: KeyFile = None,
     tls: Tls = None,
 ) -> None:
@@ -131,7 +137,7 @@ def rollback(
         quiet_libraries()
         from deploy.publish import rollback as run_rollback
 
-        done = run_rollback(repo, server=_server(url, repo=repo, key_file=key_file, tls=tls))
+        done = run_rollback(repo, servers=_servers(url, repo=repo, key_file=key_file, tls=tls))
         print(f"{repo}: version {done.version} is served again, version {done.before} is removed")
 
 
@@ -180,15 +186,11 @@ def verify(
             raise SystemExit(1)
 
 
-@app.command()
-def bench(
+@app.command("bench")
+@an_option_for_each_field(BenchOptions)
+def _bench(
     bundle: Annotated[Path | None, typer.Argument(help="A bundle: served here, beside an empty model.")] = None,
-    *,
-    url: Annotated[str | None, typer.Option(help="Or a server that runs, HOST:PORT (gRPC), with random rows.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a request.")] = 64,
-    concurrency: Annotated[int, typer.Option(min=1, help="Clients of the closed loop.")] = 8,
-    rate: Annotated[float | None, typer.Option(min=0.1, help="Open loop instead: requests/s at random times.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.svg.")] = None,
+    **options: Any,
 ) -> None:
     """Measure latencies, rows/s and CPU time a row; with a bundle also those of an empty model and of eager scoring."""
     with exit_on_fault():
@@ -197,29 +199,27 @@ def bench(
         quiet_libraries()
         from deploy.bench import Load
         from deploy.bench_bundle import bench_bundle, bench_server, write_results
-        from etl.faults import Fault
 
-        load = Load(concurrency, rate)
-        if bundle is not None and url is None:
-            results = bench_bundle(bundle, rows=rows, load=load)
-        elif url is not None and bundle is None:
-            results = bench_server(url, rows=rows, load=load)
+        chosen = BenchOptions(**options)
+        chosen.refuse_two_places(bundle)
+        load = Load(chosen.concurrency, chosen.rate, tls=chosen.tls)
+        if bundle is not None:
+            results = bench_bundle(bundle, rows=chosen.rows, load=load, ranked=chosen.ranked)
         else:
-            wanted, remedy = "either of the two", "see 'deploy bench --help'"
-            raise Fault("bench", got="a bundle and --url, or neither", wanted=wanted, remedy=remedy)
-        print(f"{rows} rows a request, " + (f"{rate:g} requests/s" if rate else f"{concurrency} clients"))
+            results = bench_server(str(chosen.url), rows=chosen.rows, load=load, ranked=chosen.ranked)
+        print(chosen)
         print(f"{'':18}{'rows/s':>10}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'CPU us/row':>12}{'failed':>8}")
         for each in results:
             cpu = "" if each.cpu_us_per_row is None else f"{each.cpu_us_per_row:.2f}"
             times = "".join(f"{value:9.2f}" for value in (each.p50_ms, each.p95_ms, each.p99_ms))
             print(f"{each.side:18}{each.rows_per_s:10,.0f}{times}{cpu:>12}{each.failed:8,}")
-        if out is not None:
-            write_results(out, results, rows=rows, load=load)
+        if chosen.out is not None:
+            write_results(chosen.out, results, about={"rows": chosen.rows, "ranked": chosen.ranked}, load=load)
 
 
-def _server(url: str | None, *, repo: Path, key_file: Path | None, tls: Path | None) -> "Server | None":
+def _servers(urls: list[str] | None, *, repo: Path, key_file: Path | None, tls: Path | None) -> "list[Server]":
     from deploy.control import Server
     from deploy.server import KEY_FILE
 
     default = repo.resolve().parent / "server" / KEY_FILE
-    return Server(url, key_file or default, tls) if url else None
+    return [Server(url, key_file or default, tls) for url in urls or []]

@@ -18,7 +18,7 @@ from deploy import exporter, monitor, ranker, ranking, served_program, triton_mo
 from deploy.bundle import MARKER, Bundle, Cost, ServeDefaults, Signature, file_hashes
 from deploy.native import level_of
 from deploy.offline import Scores, offline_scores
-from deploy.precision import costs, refuse_costly
+from deploy.precision import accepted, costs
 from deploy.program import Precision, Shape, save_program, served_network
 from deploy.reference import write_reference
 from etl.artifact import new_folder, read_json, write_json
@@ -29,9 +29,11 @@ from etl.schema import Schema
 from etl.sources import arrow_type, read_raw_split
 from etl.spec import expanded
 from etl.transform import Packed, Transform
+from recsys.data import open_dataset
 from recsys.experiment import Experiment, Export
 from recsys.predict import load_network
 
+_TOLERANCE, _LOWER_TOLERANCE = 1e-6, 1e-3
 _EDGES: dict[str, list[Any]] = {
     "string": [None, "", "a text that no training row holds", "日本語"],
     "int64": [None, 0, 2**63 - 1, -(2**63) + 2],
@@ -47,11 +49,13 @@ def export(
 ) -> Bundle:
     """Writes the bundle folder at once and returns what its manifest says.
 
-    `data` is the dataset folder, by default beside the run; `overrides` are settings that replace those of `[export]`.
+    `data` is the dataset folder, by default beside the run: without one there are no costs, and no drift of values.
+    `overrides` are settings that replace those of `[export]`.
 
     Raises:
-        Fault: the run has no result, its raw test files are gone, a golden row's score differs by more than the
-            tolerance in `[export]`, or a lower precision moves AUC or NE of the validation rows beyond the budget.
+        Fault: the run has no result, its raw test files are gone, the dataset folder is another experiment's, a golden
+            row's score differs by more than the tolerance in `[export]`, or a lower precision moves AUC or NE of the
+            validation rows beyond the budget.
         Faults: overrides that are no settings.
     """
     result = read_json(run / "result.json", remedy="finish the training: python -m recsys train EXP.toml")
@@ -59,20 +63,24 @@ def export(
     changed = experiment.export.model_dump() | dict(overrides or {})
     settings = parse(changed, place="[export]", into=Export)
     experiment = experiment.model_copy(update={"export": settings})
-    precision, level = Precision(settings.tables, settings.dense), level_of(settings.compile)
-    valid = (data or run.parent / "data") / "valid"
-    found = costs(network, schema, valid=valid, limit_rows=settings.cost_rows)
-    refuse_costly(found, precision, budget=settings)
+    wanted, level = Precision(settings.tables, settings.dense), level_of(settings.compile)
+    dataset = data or run.parent / "data"
+    valid = dataset / "valid"
+    if valid.is_dir():
+        open_dataset(dataset, experiment.data_hash())
+    lower = settings.tolerance or _LOWER_TOLERANCE
+    found = costs(network, schema, valid=valid, limit_rows=settings.cost_rows, tolerance=lower)
+    precision = accepted(found, wanted, budget=settings)
     transform = Transform.load(run / "transform")
     with new_folder(out, marker=MARKER) as folder:
         _copy_parts(run, folder)
-        write_reference(run, folder, schema=schema)
+        write_reference(run, folder, schema=schema, dataset=dataset)
         shape = Shape(experiment.serve.max_batch_size, slots=len(schema.slot_names), floats=len(schema.float_names))
         save_program(served_network(network, precision), folder, shape=shape, level=level)
         rows = golden_rows(experiment, transform)
         offline = offline_scores(network, transform, table=rows)
         _write_golden(folder / "golden", rows, offline=offline, tasks=schema.task_names)
-        tolerance = settings.tolerance or (1e-6 if precision == Precision() else 1e-3)
+        tolerance = lower if settings.tolerance or wanted != Precision() else _TOLERANCE
         check = _Golden(pack(rows, transform.signature), offline, tolerance)
         for native in (False, True) if level else (False,):
             _check(folder, check, max_rows=shape.max_rows, native=native)

@@ -1,14 +1,14 @@
-"""What each precision of a served network costs on the validation rows."""
+"""What of a served network can be of lower precision, and what that costs, both by the validation rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from deploy.bundle import Cost
-from deploy.program import Precision, ServedNetwork, served_network
+from deploy.program import Precision, ServedNetwork, Tables, served_network, wide_layers, with_bf16
 from etl.faults import Fault
 from etl.schema import Schema
 from recsys.data import Slice, Split
@@ -23,44 +23,88 @@ PRECISIONS = (
     Precision("int8", "fp32"),
     Precision("int8", "bf16"),
 )
+_TABLES: tuple[Tables, ...] = ("int8", "fp16", "fp32")
 _BATCH_ROWS = 4096
+_SHARE = 0.8
 
 
-def costs(network: Network, schema: Schema, *, valid: Path, limit_rows: int) -> tuple[Cost, ...]:
+class Rows(NamedTuple):
+    """Validation rows, and the probabilities [R, T] of the network at full precision."""
+
+    ids_RS: Tensor
+    floats_RN: Tensor
+    probability_RT: Tensor
+
+
+def costs(network: Network, schema: Schema, *, valid: Path, limit_rows: int, tolerance: float) -> tuple[Cost, ...]:
     """Every precision on the first validation rows, fp32 first; none where there is no such folder."""
     if not valid.is_dir():
         return ()
-    split = Split(valid, schema)
+    ids_RS, floats_RN, labels_RT, weights_RT = _read(Split(valid, schema), limit_rows=limit_rows)
+    rows = Rows(ids_RS, floats_RN, _logits_RT(served_network(network), ids_RS, floats_RN=floats_RN).sigmoid())
     found: list[Cost] = []
-    exact_RT: npt.NDArray[np.float32] | None = None
-    for precision in PRECISIONS:
+    for wanted in PRECISIONS:
+        precision = fitted(network, wanted, rows=rows, tolerance=tolerance)
         served = served_network(network, precision)
-        labels_RT, logits_RT, weights_RT = _scored(served, split, limit_rows=limit_rows)
-        metrics = task_metrics(schema.task_names, labels_RT=labels_RT, logits_RT=logits_RT, weights_RT=weights_RT)
-        probability_RT = torch.from_numpy(logits_RT).sigmoid().numpy()
-        exact_RT = probability_RT if exact_RT is None else exact_RT
+        logits_RT = _logits_RT(served, ids_RS, floats_RN=floats_RN)
+        metrics = task_metrics(
+            schema.task_names, labels_RT=labels_RT.numpy(), logits_RT=logits_RT.numpy(), weights_RT=weights_RT.numpy()
+        )
         found.append(
             Cost(
-                tables=precision.tables,
-                dense=precision.dense,
+                tables=wanted.tables,
+                dense=wanted.dense,
+                finer=None if precision.tables == wanted.tables else precision.tables,
+                kept=precision.keep,
                 size_bytes=sum(tensor.nbytes for tensor in served.weights_by_name().values()),
                 rows=len(labels_RT),
                 auc=_by_task(metrics, "auc", tasks=schema.task_names),
                 ne=_by_task(metrics, "ne", tasks=schema.task_names),
-                difference=float(np.abs(probability_RT - exact_RT).max()),
+                difference=_difference(served, rows),
             )
         )
     return tuple(found)
 
 
-def refuse_costly(found: Sequence[Cost], precision: Precision, *, budget: Export) -> None:
-    """Raises Fault where AUC or NE of a task moves by more than the budget, either way, or nothing can be compared."""
+def fitted(network: Network, wanted: Precision, *, rows: Rows, tolerance: float) -> Precision:
+    """What comes nearest to `wanted` and changes no probability of the rows by more than four fifths of the tolerance.
+
+    The rest is for rows that are not among these. Tables take the next finer type. Where all wide layers in bfloat16
+    are too many, they are lowered one after another as long as it holds, first those that alone change least for the
+    products that they save.
+    """
+
+    def holds(served: ServedNetwork) -> bool:
+        return _difference(served, rows) <= _SHARE * tolerance
+
+    finer = _TABLES[_TABLES.index(wanted.tables) :]
+    stored = next((each for each in finer[:-1] if holds(served_network(network, Precision(each)))), finer[-1])
+    if wanted.dense == "fp32":
+        return Precision(stored)
+    served = served_network(network, Precision(stored))
+    if holds(with_bf16(served, keep=())):
+        return Precision(stored, "bf16")
+    exact, layers = served_network(network), wide_layers(network.head)
+    kept = tuple(layers)
+    alone = {name: with_bf16(exact, keep=set(layers) - {name}) for name in layers}
+    change = {name: _difference(alone[name], rows) / layers[name].weight.numel() for name in layers}
+    for name in sorted(layers, key=change.__getitem__):
+        fewer = tuple(each for each in kept if each != name)
+        kept = fewer if holds(with_bf16(served, keep=fewer)) else kept
+    return Precision(stored, "bf16", kept)
+
+
+def accepted(found: Sequence[Cost], precision: Precision, *, budget: Export) -> Precision:
+    """The precision with what `costs` found to be stored finer or kept.
+
+    Raises Fault where AUC or NE of a task moves by more than the budget, either way, or nothing can be compared.
+    """
     if precision == Precision():
-        return
+        return precision
     if not found:
         got, remedy = "no validation rows", "name the dataset folder with --data, or export fp32"
         raise Fault("the precision of the bundle", got=got, wanted=f"rows to judge {precision} on", remedy=remedy)
-    exact, chosen = found[0], next(cost for cost in found if (cost.tables, cost.dense) == tuple(precision))
+    exact, chosen = found[0], _cost_of(found, precision)
     for metric, allowed in (("auc", budget.auc_budget), ("ne", budget.ne_budget)):
         before, after = getattr(exact, metric), getattr(chosen, metric)
         for task, value in before.items():
@@ -68,35 +112,50 @@ def refuse_costly(found: Sequence[Cost], precision: Precision, *, budget: Export
                 got = f"{metric} {after[task]:.6f} of task '{task}', {value:.6f} at full precision ({precision})"
                 remedy = f"export a higher precision, or raise export.{metric}_budget knowingly"
                 raise Fault("the precision of the bundle", got=got, wanted=f"a change of {allowed:g}", remedy=remedy)
+    return Precision(chosen.finer or chosen.tables, chosen.dense, chosen.kept)
 
 
 def cost_lines(found: Sequence[Cost]) -> list[str]:
     """A table for people, a line each; of several tasks the first one's figures."""
     if not found:
-        return []
+        return ["no dataset folder: costs of precisions are not known, nor is the drift of values when it serves"]
     task = next(iter(found[0].auc))
-    lines = [f"{'tables':7}{'dense':7}{'MB':>10}{'AUC':>10}{'NE':>10}{'largest difference':>21}"]
+    lines = [f"{'tables':7}{'dense':7}{'MB':>10}{'AUC':>10}{'NE':>10}{'largest difference':>21}  kept"]
     for cost in found:
         figures = "".join(f"{'-' if x is None else format(x, '.5f'):>10}" for x in (cost.auc[task], cost.ne[task]))
-        lines.append(f"{cost.tables:7}{cost.dense:7}{cost.size_bytes / 1e6:10.2f}{figures}{cost.difference:21.1e}")
+        kept = ", ".join(([f"tables {cost.finer}"] if cost.finer else []) + [*cost.kept])
+        line = f"{cost.tables:7}{cost.dense:7}{cost.size_bytes / 1e6:10.2f}{figures}{cost.difference:21.1e}  {kept}"
+        lines.append(line.rstrip())
     return [*lines, f"of task '{task}', on {found[0].rows:,} validation rows"]
 
 
-def _scored(
-    served: ServedNetwork, split: Split, *, limit_rows: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Labels, logits and weights [R, T] of the first rows."""
+def _cost_of(found: Sequence[Cost], precision: Precision) -> Cost:
+    return next(cost for cost in found if (cost.tables, cost.dense) == (precision.tables, precision.dense))
+
+
+def _read(split: Split, *, limit_rows: int) -> tuple[Tensor, ...]:
+    """Ids, floats, labels and weights of the first rows."""
     parts, rows = [], 0
+    for batch in split.in_file_order(Slice(0, 1, _BATCH_ROWS)):
+        real_B = batch.real_B > 0
+        tensors = (batch.ids_BS, batch.floats_BN, batch.labels_BT, batch.weights_BT)
+        parts.append([tensor[real_B][: limit_rows - rows] for tensor in tensors])
+        rows += len(parts[-1][0])
+        if rows >= limit_rows:
+            break
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _logits_RT(served: ServedNetwork, ids_RS: Tensor, *, floats_RN: Tensor) -> Tensor:
+    parts = [slice(at, at + _BATCH_ROWS) for at in range(0, len(ids_RS), _BATCH_ROWS)]
     with torch.inference_mode():
-        for batch in split.in_file_order(Slice(0, 1, _BATCH_ROWS)):
-            real_B = batch.real_B > 0
-            logits_BT = served.logits_BT(batch.ids_BS, batch.floats_BN)
-            parts.append(torch.stack([batch.labels_BT, logits_BT, batch.weights_BT])[:, real_B][:, : limit_rows - rows])
-            rows += parts[-1].shape[1]
-            if rows >= limit_rows:
-                break
-    labels_RT, logits_RT, weights_RT = torch.cat(parts, dim=1).numpy()
-    return labels_RT, logits_RT, weights_RT
+        return torch.cat([served.logits_BT(ids_RS[part], floats_RN[part]) for part in parts])
+
+
+def _difference(served: ServedNetwork, rows: Rows) -> float:
+    """The largest change of a probability."""
+    logits_RT = _logits_RT(served, rows.ids_RS, floats_RN=rows.floats_RN)
+    return float((logits_RT.sigmoid() - rows.probability_RT).abs().max())
 
 
 def _by_task(metrics: Mapping[str, object], name: str, *, tasks: Sequence[str]) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
 """The served network: the trained head on merged tables, as code without weights and weights without code."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,13 +21,15 @@ Dense = Literal["fp32", "bf16"]
 
 
 class Precision(NamedTuple):
-    """How tables are stored, and in what the wide linear layers are computed."""
+    """How tables are stored, and in what the wide linear layers are computed, but for those that `keep` float32."""
 
     tables: Tables = "fp32"
     dense: Dense = "fp32"
+    keep: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"tables {self.tables}, dense {self.dense}"
+        but = f" but for {', '.join(self.keep)}" if self.keep else ""
+        return f"tables {self.tables}, dense {self.dense}{but}"
 
 
 class Lookup(nn.Module):
@@ -146,22 +148,28 @@ def served_network(network: Network, precision: Precision = Precision()) -> Serv
     rows, weights = {name: tables[name][:, :used] for name in full}, {name: tables[name][:, :1] for name in alone}
     first, rest = layout.columns[: layout.vectors], layout.columns[layout.vectors :]
     stored = precision.tables
-    return ServedNetwork(
-        network.head if precision.dense == "fp32" else _bf16(network.head),
+    served = ServedNetwork(
+        network.head,
         layout,
         rows=Lookup(first, names=full, tables=rows, vector=dim, precision=stored) if full else None,
         weights=Lookup(rest, names=alone, tables=weights, precision=stored) if alone else None,
     )
+    return served if precision.dense == "fp32" else with_bf16(served, keep=precision.keep)
 
 
-def _bf16(head: Head) -> Head:
-    """A copy whose wide linear layers compute in bfloat16; narrow ones, such as the last, cost little and stay."""
-    head = copy.deepcopy(head)
-    for parent in list(head.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child.out_features >= 16:
-                setattr(parent, name, Bf16Linear(child))
-    return head
+def with_bf16(served: ServedNetwork, *, keep: Collection[str]) -> ServedNetwork:
+    """The same lookups, and a copy of the head whose wide layers compute in bfloat16, but for those to keep."""
+    head = copy.deepcopy(served.head)
+    for name, linear in wide_layers(head).items():
+        if name not in keep:
+            head.set_submodule(name, Bf16Linear(linear))
+    return ServedNetwork(head, served.layout, rows=served.rows, weights=served.weights)
+
+
+def wide_layers(head: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that bfloat16 is for, by name; narrow ones, such as the last, cost little and stay float32."""
+    linears = {name: module for name, module in head.named_modules() if isinstance(module, nn.Linear)}
+    return {name: linear for name, linear in linears.items() if linear.out_features >= 16}
 
 
 class _Code(nn.Module):

@@ -7,7 +7,7 @@ goes on until the new one is ready and then finishes what it has accepted.
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,12 @@ class Published:
     kept: tuple[int, ...]
 
 
-def publish(bundle_dir: Path, folder: Path, *, server: Server | None, keep: int) -> Published:
-    """Makes the bundle the next version, in the repository and, where one is named, in the server that serves it.
+def publish(bundle_dir: Path, folder: Path, *, servers: Sequence[Server], keep: int) -> Published:
+    """Makes the bundle the next version, in the repository and in the servers that serve it, one after the other.
 
     Raises:
-        Fault: it does not load or not score as offline, its signature is another than the served one's, or the server
-            can't be asked. Then the repository and the server are as they were.
+        Fault: it does not load or not score as offline, its signature is another than the served one's, or a server
+            can't be asked. Then the repository and all servers are as they were.
         Faults: files that differ from what was exported.
     """
     bundle = read_bundle(bundle_dir)
@@ -46,19 +46,25 @@ def publish(bundle_dir: Path, folder: Path, *, server: Server | None, keep: int)
         before = repository.current()
         _require_same_signature(repository, bundle)
         with repository.candidate(bundle_dir, bundle) as number:
-            with _trial(repository, server) as url:
-                _require_golden_scores(bundle_dir, bundle, url=url, tls=server.tls if server else None)
+            trials: Sequence[Server | None] = servers or (None,)
+            for server in trials:
+                with _trial(repository, server) as url:
+                    _require_golden_scores(bundle_dir, bundle, url=url, tls=server.tls if server else None)
             repository.adopt(number)
-        _swap(repository, number, server=server)
+        try:
+            _swap(repository, number, servers=servers)
+        except BaseException:
+            repository.prune(keep=number)  # the new one alone: later it would pass for one that was served
+            raise
         repository.prune(keep=keep)
         return Published(number, before, tuple(repository.versions()))
 
 
-def rollback(folder: Path, *, server: Server | None) -> Published:
+def rollback(folder: Path, *, servers: Sequence[Server]) -> Published:
     """Serves the version before the present one again, and removes the present one.
 
     Raises:
-        Fault: there is none before, it does not load any more, or the server can't be asked; all stays as it was.
+        Fault: there is none before, it does not load any more, or a server can't be asked; all stays as it was.
         Faults: files of it that were changed.
     """
     with locked(folder) as repository:
@@ -68,32 +74,33 @@ def rollback(folder: Path, *, server: Server | None) -> Published:
             got, remedy = f"versions {repository.versions()}, {before} is served", "publish the bundle you want"
             raise Fault(str(folder), got=got, wanted="a version before the served one", remedy=remedy)
         _require_same_signature(repository, read_bundle(repository.version(earlier[-1])))
-        _swap(repository, earlier[-1], server=server)
+        _swap(repository, earlier[-1], servers=servers)
         repository.prune(keep=len(earlier))
         return Published(earlier[-1], before, tuple(repository.versions()))
 
 
-def _swap(repository: Repository, number: int, *, server: Server | None) -> None:
+def _swap(repository: Repository, number: int, *, servers: Sequence[Server]) -> None:
     """Serves `number` from here on; all is as before where that fails."""
     before = repository.config()
     repository.serve(number)
-    if server is None:
-        return
+    wanted = sha256(repository.version(number) / MARKER)
     try:
-        with ModelControl(server) as control:
-            control.load(MODEL)
-            wanted = sha256(repository.version(number) / MARKER)
-            if control.served_bundle(MODEL, number) != wanted:
-                remedy = f"is {repository.folder} the repository of this server?"
-                raise Fault(server.url, got="another bundle", wanted=f"version {number}", remedy=remedy)
+        for server in servers:
+            with ModelControl(server) as control:
+                control.load(MODEL)
+                if control.served_bundle(MODEL, number) != wanted:
+                    remedy = f"is {repository.folder} the repository of this server?"
+                    raise Fault(server.url, got="another bundle", wanted=f"version {number}", remedy=remedy)
     except BaseException:
-        _restore(repository, before, server=server)
+        _restore(repository, before, servers=servers)
         raise
 
 
-def _restore(repository: Repository, before: pb.ModelConfig | None, *, server: Server) -> None:
+def _restore(repository: Repository, before: pb.ModelConfig | None, *, servers: Sequence[Server]) -> None:
     repository.restore(before)
-    if before is not None:  # the old version still runs: this tells the server that it is the wanted one
+    if before is None:
+        return
+    for server in servers:  # where the old version still runs, this says that it is the wanted one
         with suppress(Fault), ModelControl(server) as control:
             control.load(MODEL)
 

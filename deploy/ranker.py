@@ -7,6 +7,7 @@ model server, so it imports nothing of ours; the bundle's transform and program 
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,21 @@ class Encoder:
             )
         return None
 
-    def value_faults(self, requests: Sequence[Request]) -> list[ValueError | None]:
-        """What is wrong with the values of each request. All are checked at once, and alone where that fails."""
+    def checked(self, requests: Sequence[Request]) -> tuple[list[ValueError | None], Any]:
+        """What is wrong with the values of each request, and the rows of the others as the transform takes them.
+
+        All are checked at once, and alone where that fails.
+        """
+        packed = self.together(requests)
         try:
-            self._check(self.together(requests))
-        except ValueError as fault:
-            if len(requests) == 1:
-                return [fault]
-            return [self.value_faults([request])[0] for request in requests]
-        return [None] * len(requests)
+            self._check(packed)
+        except ValueError as error:
+            faults: list[ValueError | None] = [error]
+            if len(requests) > 1:
+                faults = [self.checked([request])[0][0] for request in requests]
+            sound = [request for request, fault in zip(requests, faults, strict=True) if fault is None]
+            return faults, self.together(sound)
+        return [None] * len(requests), packed
 
     def _check(self, packed: Any) -> None:
         self.transform.check(packed)
@@ -166,10 +173,10 @@ class Ranker:
         """One forward over all rows of the requests that are sound; a ValueError, in its place, for each other."""
         results: list[Result | None] = [self.encoder.form_fault(request) for request in requests]
         sound = [at for at, fault in enumerate(results) if fault is None]
-        for at, fault in zip(sound, self.encoder.value_faults([requests[at] for at in sound]), strict=True):
+        faults, packed = self.encoder.checked([requests[at] for at in sound])
+        for at, fault in zip(sound, faults, strict=True):
             results[at] = fault
         sound = [at for at in sound if results[at] is None]
-        packed = self.encoder.together([requests[at] for at in sound])
         encoded = self.encoder.encode(packed)
         self.seen(self.encoder.transform, packed=packed, encoded=encoded)
         counts = [len(requests[at].keys) for at in sound]
@@ -189,8 +196,10 @@ class Ranker:
         sound = [at for at, fault in enumerate(results) if fault is None]
         if sound:
             score_BT = self.forward(ids_BS, floats_BN, most=most)
+            finite = bool(np.isfinite(score_BT).all())
             for at, piece in zip(sound, _pieces([counts[at] for at in sound]), strict=True):
-                results[at] = _finite(Scored(score_BT[piece], ids_BS[piece], floats_BN[piece]))
+                scored = Scored(score_BT[piece], ids_BS[piece], floats_BN[piece])
+                results[at] = scored if finite else _finite(scored)
         return [result for result in results if result is not None]
 
     def forward(self, ids_BS: Int64s, floats_BN: Float32s, *, most: int) -> Float32s:
@@ -232,8 +241,7 @@ def _ignore(transform: Any, *, packed: Any, encoded: Any, skip: frozenset[str] =
 
 
 def _pieces(counts: Sequence[int]) -> list[slice]:
-    ends = np.cumsum(counts).tolist()
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    return [slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
 
 
 def _finite(scored: Scored) -> Result:

@@ -69,11 +69,11 @@ class Ranking:
     def _score_group(self, requests: Sequence[RankRequest]) -> list[Any]:
         results: list[Any] = [self._form_fault(request) for request in requests]
         sound = [at for at, fault in enumerate(results) if fault is None]
-        for at, fault in zip(sound, self._user.value_faults([requests[at].user for at in sound]), strict=True):
+        for at, fault in zip(sound, self._user.checked([requests[at].user for at in sound])[0], strict=True):
             results[at] = fault
         sound = [at for at in sound if results[at] is None]
         rows = {at: self._with_user(requests[at]) for at in sound}
-        for at, fault in zip(sound, self._own.value_faults(list(rows.values())), strict=True):
+        for at, fault in zip(sound, self._own.checked(list(rows.values()))[0], strict=True):
             results[at] = fault
         sound = [at for at in sound if results[at] is None]
         counts = np.array([len(rows[at].keys) for at in sound], np.int64)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch.export.passes import move_to_device_pass
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -21,27 +22,28 @@ def load_weights(path: Path) -> Mapping[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
-def load_program(folder: Path, *, native: bool = True) -> Forward:
-    """The program with its weights bound: (ids [B, S], floats [B, N]) -> probabilities [B, T].
+def load_program(folder: Path, *, native: bool = True, device: str = "cpu") -> Forward:
+    """The program with its weights bound: (ids [B, S], floats [B, N]) -> probabilities [B, T], all on the CPU.
 
     Native code where the bundle has it and this machine and torch can run it, else, with a log line, torch's own
-    kernels one after another.
+    kernels one after another. Another device gets a copy of the weights and each batch, and runs torch's kernels: the
+    native code is the CPU's.
 
     Raises:
         ValueError: an archive holds more than code; from the program, inputs of another width or type. Native code
             checks neither, and would read beyond them.
     """
-    weights = list(load_weights(folder / "weights.safetensors").values())
+    weights = [tensor.to(device) for tensor in load_weights(folder / "weights.safetensors").values()]
     told = json.loads((folder / "program.json").read_text(encoding="utf-8"))
-    run = (_native(folder, told["native"]) if native else None) or _eager(folder)
+    run = (_native(folder, told["native"]) if native and device == "cpu" else None) or _eager(folder, device)
     wanted = ((told["slots"], torch.int64), (told["floats"], torch.float32))
 
     def forward(ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
         got = ((ids_BS.shape[1], ids_BS.dtype), (floats_BN.shape[1], floats_BN.dtype))
         if got != wanted or len(ids_BS) != len(floats_BN):
             raise ValueError(f"{got} for {len(ids_BS)} and {len(floats_BN)} rows, wanted {wanted} and as many rows")
-        (score_BT,) = run([*weights, ids_BS.contiguous(), floats_BN.contiguous()])
-        return torch.as_tensor(score_BT)
+        (score_BT,) = run([*weights, ids_BS.contiguous().to(device), floats_BN.contiguous().to(device)])
+        return torch.as_tensor(score_BT).cpu()
 
     return forward
 
@@ -76,10 +78,12 @@ def _native(folder: Path, told: Mapping[str, Sequence[str]] | None) -> Run | Non
     return None
 
 
-def _eager(folder: Path) -> Run:
+def _eager(folder: Path, device: str) -> Run:
     """The graph is called as it is: the wrapper that torch.export puts around it costs five times the small network."""
     _refuse_pickles(folder / "program.pt2")
-    graph = torch.export.load(folder / "program.pt2").graph_module
+    program = torch.export.load(folder / "program.pt2")
+    graph = (program if device == "cpu" else move_to_device_pass(program, device)).graph_module
+    graph.recompile()  # the pass changes nodes alone
     return lambda inputs: tuple(graph(*inputs))
 
 

@@ -6,7 +6,7 @@ It serves either kind of request, as its config says: rows, or a user with candi
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +31,7 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         signature = json.loads(parameters["signature"]["string_value"])
         transform, beside = _load(folder, "transform"), _load(folder, "ranker")
-        program = _load(folder, "served_program").load_program(folder)
+        program = _load(folder, "served_program").load_program(folder, device=_device(args))
         ranker = beside.Ranker(folder, transform, program=program)
         self._kinds: list[_Rows | _Ranked] = [_Rows(ranker, beside)]
         if "ranking" in signature:
@@ -93,7 +93,7 @@ class _Rows:
         """A request, or a ValueError where an input is missing; one without columns is not sent."""
         if not given:
             return ValueError("the request has no input")
-        return self._encoder.missing_input(given) or _half(given, "", blank=self.blank(_rows(given)), make=self._make)
+        return self._encoder.missing_input(given) or _half(given, "", blank=self.blank, make=self._make)
 
     def output(self, name: str, scored: Any) -> Any:
         """[B, .]"""
@@ -119,21 +119,27 @@ class _Ranked:
         if foreign := [name for name in given if not name.startswith(_RANKED)]:
             return ValueError(f"input '{foreign[0]}' is one of rows, beside a user and candidates: send one kind")
         items = {name: array[0] if len(array) == 1 else array for name, array in given.items() if "item_" in name}
-        blank = self.blank(_rows(items))
-        user = _half(given, "user_", blank=blank.user, make=self._make)
-        return self._module.RankRequest(user, _half(items, "item_", blank=blank.items, make=self._make))
+        user = _half(given, "user_", blank=lambda _: self.blank(1).user, make=self._make)
+        half = _half(items, "item_", blank=lambda rows: self.blank(rows).items, make=self._make)
+        return self._module.RankRequest(user, half)
 
     def output(self, name: str, scored: Any) -> Any:
         """[1, N, .]"""
         return np.ascontiguousarray(getattr(scored, name.removeprefix("rank_")))[None]
 
 
-def _half(given: Mapping[str, Any], prefix: str, *, blank: Any, make: Any) -> Any:
-    return make(given.get(f"{prefix}keys", blank.keys), given.get(f"{prefix}numbers", blank.numbers))
+def _half(given: Mapping[str, Any], prefix: str, *, blank: Callable[[int], Any], make: Any) -> Any:
+    """A request of the inputs with this prefix; one without columns is not sent, and has as many rows as the other."""
+    names = (f"{prefix}keys", f"{prefix}numbers")
+    if all(name in given for name in names):
+        return make(*(given[name] for name in names))
+    none = blank(len(next(iter(given.values()))))
+    return make(given.get(names[0], none.keys), given.get(names[1], none.numbers))
 
 
-def _rows(given: Mapping[str, Any]) -> int:
-    return len(next(iter(given.values())))
+def _device(args: Mapping[str, str]) -> str:
+    """Where the config puts this instance, as torch names it."""
+    return f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu"
 
 
 def _check_arrays() -> None:

@@ -218,6 +218,16 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
     return shutil.copytree(exported, tmp_path / "home" / "bundle")
 
 
+@pytest.fixture
+def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of this process send each request once: one that fails is seen to fail."""
+
+    def never(error: Exception, *, attempt: int, left_s: float) -> None:
+        return None
+
+    monkeypatch.setattr("deploy.client.pause_s", never)
+
+
 def command(module: str, *arguments: object) -> None:
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False

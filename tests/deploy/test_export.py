@@ -9,7 +9,7 @@ import pytest
 
 from deploy import export as exporting
 from deploy.bundle import Cost, read_bundle
-from deploy.precision import PRECISIONS, cost_lines, refuse_costly
+from deploy.precision import PRECISIONS, accepted, cost_lines
 from deploy.program import Precision, ServedNetwork
 from etl.faults import Fault, Faults
 from etl.pack import pack
@@ -102,7 +102,7 @@ def test_a_run_without_result_is_refused(run_folder: Path, tmp_path: Path) -> No
 
 def test_the_manifest_says_what_each_precision_costs(exported: Path) -> None:
     bundle = read_bundle(exported)
-    assert [(cost.tables, cost.dense) for cost in bundle.costs] == [tuple(precision) for precision in PRECISIONS]
+    assert [(cost.tables, cost.dense) for cost in bundle.costs] == [precision[:2] for precision in PRECISIONS]
     exact, lower = bundle.costs[0], bundle.costs[1:]
     assert exact.difference == 0
     assert exact.auc["click"] == pytest.approx(bundle.metrics["valid"]["click/auc"], abs=1e-6)
@@ -110,7 +110,7 @@ def test_the_manifest_says_what_each_precision_costs(exported: Path) -> None:
     assert all(0 < cost.difference < 0.01 and cost.rows == exact.rows for cost in lower)
     assert bundle.costs[2].size_bytes < exact.size_bytes
     lines = cost_lines(bundle.costs)  # what `export` prints
-    assert [tuple(line.split()[:2]) for line in lines[1:-1]] == [tuple(precision) for precision in PRECISIONS]
+    assert [tuple(line.split()[:2]) for line in lines[1:-1]] == [precision[:2] for precision in PRECISIONS]
     assert f"{exact.auc['click']:.5f}" in lines[1] and f"{exact.ne['click']:.5f}" in lines[1]
     assert lines[-1] == f"of task 'click', on {exact.rows:,} validation rows"
 
@@ -125,17 +125,40 @@ def test_a_lower_precision_needs_validation_rows(run_folder: Path, tmp_path: Pat
         exporting.export(run_folder, tmp_path / "other", data=tmp_path, overrides=int8)
     plain = exporting.export(run_folder, tmp_path / "other", data=tmp_path, overrides={"compile": "off"})
     assert plain.costs == ()
+    assert cost_lines(plain.costs) == [
+        "no dataset folder: costs of precisions are not known, nor is the drift of values when it serves"
+    ]
+    assert json.loads((tmp_path / "other" / "reference.json").read_text())["numbers"] == {}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_dataset_that_is_named_is_the_reference_of_drift(run_folder: Path, exported: Path, tmp_path: Path) -> None:
+    run, beside = shutil.copytree(run_folder, tmp_path / "run"), tmp_path / "data"
+    (beside / "valid").mkdir(parents=True)
+    manifest = json.loads((run_folder.parent / "data" / "manifest.json").read_text())
+    (beside / "manifest.json").write_text(json.dumps(manifest | {"hash": "0" * 64}))
+    with pytest.raises(Fault, match=r"manifest\.json: got data of another feature spec"):
+        exporting.export(run, tmp_path / "bundle", overrides={"compile": "off"})
+    exporting.export(run, tmp_path / "bundle", data=run_folder.parent / "data", overrides={"compile": "off"})
+    found, wanted = (json.loads((folder / "reference.json").read_text()) for folder in (tmp_path / "bundle", exported))
+    assert found == wanted
+    assert set(found["features"]) >= {"site", "item"}
+    assert set(found["numbers"]) == {"age", "price"}
+    assert {sum(bins["counts"]) for bins in found["numbers"].values()} == {manifest["splits"]["valid"]["rows"]}
 
 
 @pytest.mark.parametrize("metric", ["auc", "ne"])
 @pytest.mark.parametrize("change", [-0.002, 0.002])
 def test_a_precision_that_moves_a_metric_is_refused(metric: str, change: float) -> None:
     figures = {"auc": {"a": None, "b": 0.7}, "ne": {"a": None, "b": 0.9}}
+    finer = {"finer": "fp16", "kept": ("deep.layers.0",)}
     exact = Cost(tables="fp32", dense="fp32", size_bytes=8, rows=9, difference=0, **figures)
     moved = figures | {metric: {"a": None, "b": figures[metric]["b"] + change}}
-    int8 = Cost(tables="int8", dense="fp32", size_bytes=2, rows=9, difference=0.01, **moved)
+    int8 = Cost(tables="int8", dense="bf16", **finer, size_bytes=2, rows=9, difference=0.01, **moved)
     budget = Export(auc_budget=0.001, ne_budget=0.001)
     with pytest.raises(Fault, match=f"{metric} .* of task 'b'"):
-        refuse_costly([exact, int8], PRECISIONS[3], budget=budget)
-    refuse_costly([exact, int8], PRECISIONS[0], budget=budget)
-    refuse_costly([exact, int8], PRECISIONS[3], budget=Export(auc_budget=0.003, ne_budget=0.003))
+        accepted([exact, int8], PRECISIONS[4], budget=budget)
+    assert accepted([exact, int8], PRECISIONS[0], budget=budget) == Precision()
+    found = accepted([exact, int8], PRECISIONS[4], budget=Export(auc_budget=0.003, ne_budget=0.003))
+    assert found == Precision("fp16", "bf16", ("deep.layers.0",))
+    assert cost_lines([exact, int8])[2].endswith("1.0e-02  tables fp16, deep.layers.0")

@@ -7,7 +7,7 @@ import pytest
 
 import etl.profile
 import etl.transform
-from deploy.monitor import SCORE_EDGES, Monitor, Window, psi, score_bins
+from deploy.monitor import SCORE_EDGES, Monitor, Window, binned, psi
 from etl.lookup import Vocabulary
 from etl.transform import MISSING_KEY, MISSING_NUMBER, NO_KEY, Packed, Transform
 
@@ -37,7 +37,9 @@ def transform() -> Transform:
 
 
 def monitor(reference: dict[str, Any] | None = None, *, tasks: tuple[str, ...] = ("click",)) -> Monitor:
-    return Monitor(reference or {"scores": {}, "features": {}}, tasks=tasks, missing_number=MISSING_NUMBER)
+    return Monitor(
+        reference or {"scores": {}, "features": {}, "numbers": {}}, tasks=tasks, missing_number=MISSING_NUMBER
+    )
 
 
 def values(found: Monitor) -> dict[tuple[str, str], float]:
@@ -93,7 +95,11 @@ def test_scores_that_move_raise_the_index_and_those_of_training_do_not() -> None
     rng = np.random.default_rng(1)
     training = rng.beta(2, 5, 20_000).astype(np.float32)
     edges = np.quantile(training, np.arange(1, 10) / 10).tolist()
-    reference = {"scores": {"click": {"edges": edges, "counts": score_bins(training, edges).tolist()}}, "features": {}}
+    reference = {
+        "scores": {"click": {"edges": edges, "counts": binned(training, edges).tolist()}},
+        "features": {},
+        "numbers": {},
+    }
     found = monitor(reference)
     found.scored(rng.beta(2, 5, (900, 1)).astype(np.float32))
     found.take()
@@ -108,12 +114,36 @@ def test_scores_that_move_raise_the_index_and_those_of_training_do_not() -> None
 
 
 def test_unseen_ids_raise_the_index(transform: Transform) -> None:
-    found = monitor({"scores": {}, "features": {"item": [980, 10, 10]}})
+    found = monitor({"scores": {}, "features": {"item": [980, 10, 10]}, "numbers": {}})
     for keys, low, high in ((np.full((2000, 3), 5), 0.0, 0.1), (np.full((2000, 3), 99), 1.0, 10.0)):
         packed = Packed(keys, np.zeros((2000, 2)))
         found.seen(transform, packed=packed, encoded=transform.apply(packed))
         found.take()
         assert low < found.drift()["values", "item"] < high
+
+
+@pytest.mark.parametrize("name", ["price", "size"])  # a dense input, and a field behind the floats of the dense ones
+def test_numbers_that_move_raise_the_index(transform: Transform, name: str) -> None:
+    rng = np.random.default_rng(1)
+    of_training = rng.exponential(2.0, 20_000).astype(np.float32)
+    edges = np.quantile(of_training, np.arange(1, 10) / 10).tolist()
+    bins = {"edges": edges, "counts": binned(of_training, edges).tolist()}
+    found = monitor({"scores": {}, "features": {}, "numbers": {name: bins}})
+    for scale, low, high in ((2.0, 0.0, 0.05), (5.0, 0.2, 2.0)):
+        for _ in range(30):
+            packed = Packed(np.full((700, 3), 5), rng.exponential(scale, (700, 2)))
+            found.seen(transform, packed=packed, encoded=transform.apply(packed))
+            found.take()
+        assert low < found.drift()["numbers", name] < high
+
+
+def test_numbers_of_a_busy_server_are_a_sample(transform: Transform) -> None:
+    found = monitor({"scores": {}, "features": {}, "numbers": {"price": {"edges": [1.0], "counts": [10, 10]}}})
+    packed = Packed(np.full((1000, 3), 5), np.zeros((1000, 2)))
+    for _ in range(5):
+        found.seen(transform, packed=packed, encoded=transform.apply(packed))
+    assert values(found)["price", "known"] == 5000
+    assert found._windows["numbers", "price"].counts.tolist() == [1024, 0]
 
 
 def test_a_window_forgets() -> None:

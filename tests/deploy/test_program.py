@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from deploy.native import level_of
-from deploy.precision import PRECISIONS
-from deploy.program import Lookup, Precision, ServedNetwork, Shape, save_program, served_network
+from deploy.precision import PRECISIONS, Rows, fitted
+from deploy.program import Lookup, Precision, ServedNetwork, Shape, save_program, served_network, wide_layers
 from deploy.served_program import Forward, load_program
 from etl.faults import Fault
 from etl.schema import Schema
@@ -61,15 +61,43 @@ def test_the_program_scores_as_the_network_does(kind: str, dense: int, tmp_path:
     check_scores(load_program(tmp_path), network, schema, atol=1e-6)
 
 
+def fitted_to_rows(network: Network, schema: Schema, wanted: Precision, *, tolerance: float = 1e-3) -> Precision:
+    """By other rows than those of the checks."""
+    ids_RS, floats_RN = random_rows(schema, 8192, seed=9)
+    with torch.no_grad():
+        exact_RT = network(ids_RS, floats_RN).logits_BT.sigmoid()
+    return fitted(network, wanted, rows=Rows(ids_RS, floats_RN, exact_RT), tolerance=tolerance)
+
+
 @pytest.mark.parametrize("kind", list(MODELS))
 @pytest.mark.parametrize("precision", PRECISIONS[1:], ids=str)
 def test_lower_precisions_score_nearly_so(kind: str, precision: Precision, tmp_path: Path) -> None:
-    torch.manual_seed(1)  # of the rows before noise joins them: the bound is one of chance
+    torch.manual_seed(1)  # of the rows before noise joins them
     schema = rich_schema(dense=2)
     network = network_of(config_of(kind), schema, std=0.05)
-    saved(network, schema, tmp_path, precision=precision, level=None)
-    loose = precision.tables != "fp16" and kind in ("deep_crossing", "masknet")  # sums and norms carry the rounding on
-    check_scores(load_program(tmp_path), network, schema, atol=5e-3 if loose else 1e-3)
+    found = fitted_to_rows(network, schema, precision)
+    saved(network, schema, tmp_path, precision=found, level=None)
+    check_scores(load_program(tmp_path), network, schema, atol=1e-3)
+    ids_BS, floats_BN = random_rows(schema, 512)
+    with torch.no_grad():
+        wanted_BT = network(ids_BS, floats_BN).logits_BT.sigmoid()
+        got_BT = served_network(network, found)(ids_BS, floats_BN)
+    torch.testing.assert_close(got_BT, wanted_BT, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["deep_crossing", "masknet"])
+def test_what_carries_a_rounding_on_stays_finer(kind: str) -> None:
+    torch.manual_seed(1)
+    schema, wanted = rich_schema(dense=2), Precision("int8", "bf16")
+    network = network_of(config_of(kind), schema, std=0.05)
+    layers = set(wide_layers(network.head))
+    found = fitted_to_rows(network, schema, wanted)
+    assert set() < set(found.keep) <= layers
+    assert (found.tables == "fp16") == (kind == "masknet")
+    assert set(wide_layers(served_network(network, found).head)) == set(found.keep)
+    assert fitted_to_rows(network, schema, wanted, tolerance=0.1) == wanted
+    strict = fitted_to_rows(network, schema, wanted, tolerance=1e-6)
+    assert (strict.tables, set(strict.keep)) == ("fp32", layers)
 
 
 @NATIVE
@@ -90,7 +118,8 @@ def test_native_code_scores_as_the_network_does(kind: str, tmp_path: Path) -> No
 def test_native_code_of_lower_precisions(kind: str, precision: Precision, tmp_path: Path) -> None:
     schema = rich_schema(dense=2)
     network = network_of(config_of(kind), schema, std=0.05)
-    saved(network, schema, tmp_path, precision=precision, level=level_of("auto"))
+    found = fitted_to_rows(network, schema, precision)
+    saved(network, schema, tmp_path, precision=found, level=level_of("auto"))
     check_scores(native_program(tmp_path), network, schema, atol=1e-3)
 
 

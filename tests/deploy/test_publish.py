@@ -141,31 +141,83 @@ def until_served(server: Server, versions: list[tuple[str, str]]) -> None:
         time.sleep(0.05)
 
 
+class Pods:
+    """Servers that load what they are told to but for those in `refusing`, in place of a connection to each."""
+
+    def __init__(self, repository: Path) -> None:
+        self._repository, self.refusing = Repository(repository), set[str]()
+        self.served: dict[str, int | None] = {}
+
+    @contextmanager
+    def __call__(self, server: Server) -> Iterator["Pod"]:
+        yield Pod(self, server.url, self._repository)
+
+
+class Pod:
+    def __init__(self, pods: Pods, url: str, repository: Repository) -> None:
+        self._pods, self._url, self._repository = pods, url, repository
+
+    def load(self, model: str) -> None:
+        if model != CANDIDATE:
+            version = self._repository.current()
+            if self._url in self._pods.refusing and version != 1:
+                raise Fault(self._url, got="no memory", wanted="a server that loads it", remedy="give it more")
+            self._pods.served[self._url] = version
+
+    def unload(self, model: str) -> None:
+        pass
+
+    def served_bundle(self, model: str, version: int) -> str | None:
+        return sha256(self._repository.version(version) / "bundle.json")
+
+
+def test_all_servers_of_a_repository_take_a_version_or_none(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository, urls = bundle.parent / "repository", ("a:1", "b:1", "c:1")
+    pods, asked = Pods(repository), list[str]()
+    monkeypatch.setattr("deploy.publish.ModelControl", pods)
+    monkeypatch.setattr("deploy.publish._require_golden_scores", lambda *_, url, tls: asked.append(url))
+    servers = [Server(url, bundle / "admin.key") for url in urls]
+    publish(bundle, repository, servers=servers, keep=3)
+    assert asked == list(urls), "the candidate is tried on each"
+    assert pods.served == dict.fromkeys(urls, 1)
+    pods.refusing.add("b:1")
+    with pytest.raises(Fault, match="no memory"):
+        publish(changed(bundle, "second", retrained), repository, servers=servers, keep=3)
+    assert pods.served == dict.fromkeys(urls, 1), "the first one was told to go back"
+    assert (Repository(repository).current(), Repository(repository).versions()) == (1, [1])
+    pods.refusing.clear()
+    assert publish(changed(bundle, "third", retrained), repository, servers=servers, keep=3).version == 2
+    assert pods.served == dict.fromkeys(urls, 2)
+    assert rollback(repository, servers=servers).version == 1
+    assert pods.served == dict.fromkeys(urls, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.triton
+@pytest.mark.usefixtures("one_try")
 def test_three_thousand_requests_over_swaps_broken_versions_and_a_rollback(bundle: Path) -> None:
     repository = bundle.parent / "repository"
     with serving(bundle) as (process, server):
         told = json.loads((bundle.parent / "server.json").read_text())
         load = Load(server.url, bundle)
         load.until(300)
-        second = publish(changed(bundle, "second", retrained), repository, server=server, keep=3)
+        second = publish(changed(bundle, "second", retrained), repository, servers=[server], keep=3)
         assert (second.version, second.before, second.kept) == (2, 1, (1, 2))
         load.until(300)
         with pytest.raises(Fault, match=r"golden requests: [0-9] of 14 rows equal"):
-            publish(changed(bundle, "wrong", other_weights), repository, server=server, keep=3)
+            publish(changed(bundle, "wrong", other_weights), repository, servers=[server], keep=3)
         load.until(300)
         for name, broken in (("no_load", no_load), ("dead", dies_at_load), ("dying", dies_at_first_request)):
             with pytest.raises(Fault):
-                publish(changed(bundle, name, broken), repository, server=server, keep=3)
+                publish(changed(bundle, name, broken), repository, servers=[server], keep=3)
             assert Repository(repository).versions() == [1, 2]
         third = publish(
-            changed(bundle, "third", lambda b: retrained(b) or retrained(b)), repository, server=server, keep=2
+            changed(bundle, "third", lambda b: retrained(b) or retrained(b)), repository, servers=[server], keep=2
         )
         assert (third.version, third.before, third.kept) == (3, 2, (2, 3))
         until_served(server, [("ranker", "3")])
         load.until(300)
-        back = rollback(repository, server=server)
+        back = rollback(repository, servers=[server])
         assert (back.version, back.before, back.kept) == (2, 3, (2,))
         until_served(server, [("ranker", "2")])
         load.until(max(300, 3000 - sum(load.answers.values())))
