@@ -19,10 +19,9 @@ from etl.lookup import NO_KEY, Int64s, Vocabulary
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-_FREE, _AHEAD = NO_KEY, 16
-_inline: Callable[[Loop], Loop] = numba.njit
+_FREE, _AHEAD, _CACHED = NO_KEY, 16, 1 << 16
+_inline: Callable[[Loop], Loop] = numba.njit(inline="always")
 _SLOTS, _KEYS = numba.int64[:, ::1], numba.types.Array(numba.int64, 1, "C", readonly=True)
-_PAIR = numba.types.UniTuple(_KEYS, 2)
 
 
 def _compiled(*types: numba.types.Type) -> Callable[[Loop], Loop]:
@@ -39,14 +38,13 @@ def _compiled(*types: numba.types.Type) -> Callable[[Loop], Loop]:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(_: Any, slot: Any) -> Any:
-    """Asks for the cache's line of (slots, at), without waiting for it."""
+def _prefetch(_: Any, slots: Any, at: Any) -> Any:
+    """Asks for a slot's line of the cache, without waiting for it."""
 
     def generate(context: Any, builder: Any, *of: Any) -> Any:
-        signature, values = of
-        slots, at = cgutils.unpack_tuple(builder, values[0])
-        first = context.make_array(signature.args[0].types[0])(context, builder, slots).data
-        place = builder.gep(first, [builder.shl(at, ir.Constant(ir.IntType(64), 1))])
+        signature, (array, slot) = of
+        first = context.make_array(signature.args[0])(context, builder, array).data
+        place = builder.gep(first, [builder.shl(slot, ir.Constant(ir.IntType(64), 1))])
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
         call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
@@ -54,67 +52,58 @@ def _prefetch(_: Any, slot: Any) -> Any:
         builder.call(call, [builder.bitcast(place, cgutils.voidptr_t), to_read, keep, data])
         return context.get_dummy_value()
 
-    return numba.void(slot), generate
+    return numba.void(slots, at), generate
 
 
 @_inline
-def _home(slots: Int64s, key: np.int64) -> np.int64:
-    """The slot where a key's search begins; it is on its way to the cache from now on."""
+def _home(slots: Int64s, key: np.int64) -> np.uint64:
+    """The slot where a key's search begins."""
     z = np.uint64(key) + np.uint64(0x9E3779B97F4A7C15)  # as `etl.lookup.mix`
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    at: np.int64 = np.int64(z ^ (z >> np.uint64(31))) & (len(slots) - 1)
-    _prefetch((slots, at))
-    return at
+    return (z ^ (z >> np.uint64(31))) & np.uint64(len(slots) - 1)
 
 
 @_inline
-def _homes(slots: Int64s, keys: Int64s) -> Int64s:
-    """Of the first keys."""
-    homes = np.empty(_AHEAD, np.int64)
-    for i in range(min(_AHEAD, len(keys))):
-        homes[i] = _home(slots, keys[i])
-    return homes
+def _ask_ahead(slots: Int64s, keys: Int64s, i: int) -> None:
+    """The slot of a later key is on its way to the cache from now on."""
+    if len(slots) > _CACHED and i + _AHEAD < len(keys):
+        _prefetch(slots, _home(slots, keys[i + _AHEAD]))
 
 
 @_inline
-def _slot(slots: Int64s, turn: tuple[Int64s, int, Int64s]) -> np.int64:
-    """Where key i stands, or the free slot where it would. Keys come in turn: `homes` are of those ahead."""
-    keys, i, homes = turn
-    key: np.int64 = keys[i]
-    at: np.int64 = homes[i & (_AHEAD - 1)]
-    if i + _AHEAD < len(keys):
-        homes[i & (_AHEAD - 1)] = _home(slots, keys[i + _AHEAD])
+def _slot(slots: Int64s, key: np.int64) -> np.uint64:
+    """Where the key stands, or the free slot where it would."""
+    at = _home(slots, key)
     while slots[at, 0] != key and slots[at, 0] != _FREE:
-        at = (at + 1) & (len(slots) - 1)
+        at = (at + np.uint64(1)) & np.uint64(len(slots) - 1)
     return at
 
 
-@_compiled(_SLOTS, _PAIR)
-def _put(slots: Int64s, entries: tuple[Int64s, Int64s]) -> None:
-    keys, values = entries
-    homes = _homes(slots, keys)
+@_compiled(_SLOTS, _KEYS, _KEYS)
+def _put(slots: Int64s, keys: Int64s, values: Int64s) -> None:
     for i in range(len(keys)):
-        at = _slot(slots, (keys, i, homes))
+        _ask_ahead(slots, keys, i)
+        at = _slot(slots, keys[i])
         slots[at, 0], slots[at, 1] = keys[i], values[i]
 
 
 @_compiled(_SLOTS, _KEYS)
 def _look_up(slots: Int64s, keys: Int64s) -> Int64s:
-    rows, homes = np.empty(len(keys), np.int64), _homes(slots, keys)
+    rows = np.empty(len(keys), np.int64)
     for i in range(len(keys)):
-        at = _slot(slots, (keys, i, homes))
+        _ask_ahead(slots, keys, i)
+        at = _slot(slots, keys[i])
         rows[i] = slots[at, 1] if slots[at, 0] == keys[i] else 0
     return rows
 
 
-@_compiled(numba.types.Tuple((_SLOTS, numba.int64)), _KEYS)
-def _count(table: tuple[Int64s, int], keys: Int64s) -> tuple[int, int]:
+@_compiled(_SLOTS, _KEYS, numba.int64)
+def _count(slots: Int64s, keys: Int64s, free: int) -> tuple[int, int]:
     """Counts keys while new ones may take a slot, of so many: how many keys it counted, and the slots that are left."""
-    slots, free = table
-    homes = _homes(slots, keys)
     for i in range(len(keys)):
-        at = _slot(slots, (keys, i, homes))
+        _ask_ahead(slots, keys, i)
+        at = _slot(slots, keys[i])
         if slots[at, 0] == _FREE:
             if not free:
                 return i, 0
@@ -135,7 +124,7 @@ class CompiledVocabulary(Vocabulary):
 
     def __init__(self, keys: Int64s, rows: Int64s) -> None:
         self._slots = _empty(max(1, (2 * len(keys)).bit_length()))
-        _put(self._slots, (keys, rows))
+        _put(self._slots, keys, rows)
 
     def __call__(self, keys: Int64s) -> Int64s:
         """Rows of the keys, of the same shape; 0 where unseen or missing."""
@@ -151,7 +140,7 @@ class Counter:
 
     def add(self, keys: Int64s) -> None:
         while True:
-            done, self._free = _count((self._slots, self._free), keys)
+            done, self._free = _count(self._slots, keys, self._free)
             if done == len(keys):
                 return
             keys = keys[done:]
@@ -166,4 +155,4 @@ class Counter:
         keys, counts = self.counts()
         self._slots = _empty(len(self._slots).bit_length() + 1)
         self._free = len(self._slots) // 2 - len(keys)
-        _put(self._slots, (keys, counts))
+        _put(self._slots, keys, counts)
