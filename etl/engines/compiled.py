@@ -1,8 +1,8 @@
 """Keys in hash tables, one key after another in compiled code: numpy takes three times as long for a lookup.
 
 A table is int64 [slots, 2], the key and what belongs to it side by side: a search meets one line of the cache. Probing
-is linear, NO_KEY marks a free slot, and at most half of the slots are taken. Lookups and counts release the GIL, and
-ask for the lines of the keys ahead, which takes a third off their time where a table is larger than the cache.
+is linear, NO_KEY marks a free slot, and at most half of the slots are taken. Lookups and counts release the GIL. Where
+a table is larger than the cache they ask for the lines of the keys ahead, which takes a third off their time.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,11 @@ from etl.lookup import NO_KEY, Int64s, Vocabulary
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-_FREE, _AHEAD, _CACHED = NO_KEY, 16, 1 << 16
-_inline: Callable[[Loop], Loop] = numba.njit(inline="always")
+_FREE, _AHEAD = NO_KEY, 16
+_CACHED = 1 << 16  # slots that the processor's cache holds without being asked
+_inline: Callable[[Loop], Loop] = numba.njit(inline="always")  # a call counts references: four times a lookup's time
 _SLOTS, _KEYS = numba.int64[:, ::1], numba.types.Array(numba.int64, 1, "C", readonly=True)
+_PAIR = numba.types.UniTuple(_KEYS, 2)
 
 
 def _compiled(*types: numba.types.Type) -> Callable[[Loop], Loop]:
@@ -38,13 +40,14 @@ def _compiled(*types: numba.types.Type) -> Callable[[Loop], Loop]:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(_: Any, slots: Any, at: Any) -> Any:
-    """Asks for a slot's line of the cache, without waiting for it."""
+def _prefetch(_: Any, slot: Any) -> Any:
+    """Asks for the cache's line of (slots, at), without waiting for it."""
 
     def generate(context: Any, builder: Any, *of: Any) -> Any:
-        signature, (array, slot) = of
-        first = context.make_array(signature.args[0])(context, builder, array).data
-        place = builder.gep(first, [builder.shl(slot, ir.Constant(ir.IntType(64), 1))])
+        signature, values = of
+        slots, at = cgutils.unpack_tuple(builder, values[0])
+        first = context.make_array(signature.args[0].types[0])(context, builder, slots).data
+        place = builder.gep(first, [builder.shl(at, ir.Constant(ir.IntType(64), 1))])
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
         call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
@@ -52,7 +55,7 @@ def _prefetch(_: Any, slots: Any, at: Any) -> Any:
         builder.call(call, [builder.bitcast(place, cgutils.voidptr_t), to_read, keep, data])
         return context.get_dummy_value()
 
-    return numba.void(slots, at), generate
+    return numba.void(slot), generate
 
 
 @_inline
@@ -65,10 +68,10 @@ def _home(slots: Int64s, key: np.int64) -> np.uint64:
 
 
 @_inline
-def _ask_ahead(slots: Int64s, keys: Int64s, i: int) -> None:
+def _ask(slots: Int64s, key: np.int64) -> None:
     """The slot of a later key is on its way to the cache from now on."""
-    if len(slots) > _CACHED and i + _AHEAD < len(keys):
-        _prefetch(slots, _home(slots, keys[i + _AHEAD]))
+    if len(slots) > _CACHED:
+        _prefetch((slots, _home(slots, key)))
 
 
 @_inline
@@ -80,10 +83,12 @@ def _slot(slots: Int64s, key: np.int64) -> np.uint64:
     return at
 
 
-@_compiled(_SLOTS, _KEYS, _KEYS)
-def _put(slots: Int64s, keys: Int64s, values: Int64s) -> None:
+@_compiled(_SLOTS, _PAIR)
+def _put(slots: Int64s, entries: tuple[Int64s, Int64s]) -> None:
+    keys, values = entries
     for i in range(len(keys)):
-        _ask_ahead(slots, keys, i)
+        if i + _AHEAD < len(keys):
+            _ask(slots, keys[i + _AHEAD])
         at = _slot(slots, keys[i])
         slots[at, 0], slots[at, 1] = keys[i], values[i]
 
@@ -92,17 +97,20 @@ def _put(slots: Int64s, keys: Int64s, values: Int64s) -> None:
 def _look_up(slots: Int64s, keys: Int64s) -> Int64s:
     rows = np.empty(len(keys), np.int64)
     for i in range(len(keys)):
-        _ask_ahead(slots, keys, i)
+        if i + _AHEAD < len(keys):
+            _ask(slots, keys[i + _AHEAD])
         at = _slot(slots, keys[i])
         rows[i] = slots[at, 1] if slots[at, 0] == keys[i] else 0
     return rows
 
 
-@_compiled(_SLOTS, _KEYS, numba.int64)
-def _count(slots: Int64s, keys: Int64s, free: int) -> tuple[int, int]:
+@_compiled(numba.types.Tuple((_SLOTS, numba.int64)), _KEYS)
+def _count(table: tuple[Int64s, int], keys: Int64s) -> tuple[int, int]:
     """Counts keys while new ones may take a slot, of so many: how many keys it counted, and the slots that are left."""
+    slots, free = table
     for i in range(len(keys)):
-        _ask_ahead(slots, keys, i)
+        if i + _AHEAD < len(keys):
+            _ask(slots, keys[i + _AHEAD])
         at = _slot(slots, keys[i])
         if slots[at, 0] == _FREE:
             if not free:
@@ -124,7 +132,7 @@ class CompiledVocabulary(Vocabulary):
 
     def __init__(self, keys: Int64s, rows: Int64s) -> None:
         self._slots = _empty(max(1, (2 * len(keys)).bit_length()))
-        _put(self._slots, keys, rows)
+        _put(self._slots, (keys, rows))
 
     def __call__(self, keys: Int64s) -> Int64s:
         """Rows of the keys, of the same shape; 0 where unseen or missing."""
@@ -140,7 +148,7 @@ class Counter:
 
     def add(self, keys: Int64s) -> None:
         while True:
-            done, self._free = _count(self._slots, keys, self._free)
+            done, self._free = _count((self._slots, self._free), keys)
             if done == len(keys):
                 return
             keys = keys[done:]
@@ -155,4 +163,4 @@ class Counter:
         keys, counts = self.counts()
         self._slots = _empty(len(self._slots).bit_length() + 1)
         self._free = len(self._slots) // 2 - len(keys)
-        _put(self._slots, keys, counts)
+        _put(self._slots, (keys, counts))
