@@ -80,7 +80,7 @@ class _Absent(MetaPathFinder):
 
 @contextlib.contextmanager
 def _without(*names: str) -> Iterator[None]:
-    """Pyarrow looks for pandas, numba for scipy and yaml: where they are installed, a small job waits for them alone."""
+    """Pyarrow looks for pandas, numba for scipy and yaml: where these are installed, a small job waits for them."""
     sys.meta_path.insert(0, hidden := _Absent(names))
     try:
         yield
