@@ -61,7 +61,7 @@ def encode(raw: pa.Table, transform: Transform, *, place: str) -> Encoded:
     """
     try:
         packed = pack(raw, transform.signature)
-        transform.check(packed)
+        transform.check_weights(packed)
     except ValueError as error:
         wanted = f"the columns {', '.join(f'{name} ({dtype})' for name, dtype in transform.signature.columns.items())}"
         raise Fault(place, got=str(error), wanted=wanted, remedy="mend the rows or the feature") from None

@@ -26,7 +26,7 @@ from etl.schema import GROUP, WEIGHT, DenseFeature, Schema, TaskColumn
 from etl.spec import Etl, FeatureSpec, Task
 from etl.splits import SPLITS
 from etl.stage import stage
-from etl.threads import in_order
+from etl.threads import ahead, in_order
 from etl.transform import Encoded, Int64s, Transform
 from etl.typed import Report, Typed, typed_files
 
@@ -61,9 +61,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
             weight=spec.data.weight is not None,
         )
         schema.write(folder)
-        from etl.engines.compiled import CompiledVocabulary
-
-        transform, stats = Transform.load(folder / "transform", vocabulary=CompiledVocabulary.read), {}
+        transform, stats = _transform(folder / "transform"), {}
         for split, part in typed.items():
             shards = _Shards(folder / split, spec.etl, finished=finished)
             encode = engine.encoder(split, part, transform=transform)
@@ -85,6 +83,15 @@ def _fit(spec: FeatureSpec, train: Typed, *, engine: Engine, folder: Path, paren
         for _ in train.batches():
             pass
         raise
+
+
+def _transform(folder: Path) -> Transform:
+    """What was fitted, with its tables compiled and read several at once."""
+    from etl.engines.compiled import CompiledVocabulary
+
+    paths = sorted(folder.glob("vocabulary/*.parquet"))
+    tables = dict(zip(paths, in_order(CompiledVocabulary.read, paths), strict=True))
+    return Transform.load(folder, vocabulary=tables.__getitem__)
 
 
 def _task(task: Task, *, rate: float) -> TaskColumn:
@@ -151,7 +158,7 @@ def _encode(
         whole = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
         return encoded, pa.table(columns, schema=whole)
 
-    for encoded, table in in_order(encoded_rows, _numbered(rows.batches())):
+    for encoded, table in in_order(encoded_rows, ahead(_numbered(rows.batches()))):
         missing += encoded.missing
         unseen += encoded.unseen
         shards.write(table)

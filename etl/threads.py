@@ -10,6 +10,16 @@ Part = TypeVar("Part")
 Done = TypeVar("Done")
 
 
+def ahead(parts: Iterable[Part], *, count: int = 2) -> Iterator[Part]:
+    """The same parts; a thread makes so many of the next ones while one is worked on."""
+    rest, end = iter(parts), object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, rest, end) for _ in range(count))
+        while (part := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, rest, end))
+            yield part  # type: ignore[misc]
+
+
 def in_order(work: Callable[[Part], Done], parts: Iterable[Part]) -> Iterator[Done]:
     """What `work` makes of the parts, in their order; as many at once as there are cores, so memory stays bounded."""
     cores = len(os.sched_getaffinity(0))

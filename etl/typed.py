@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -45,10 +45,15 @@ class Columns:
 
     def values(self, name: str) -> Iterator[pa.Array]:
         """One column in batches; of lists their values."""
-        for path in self.paths:
-            for batch in pq.ParquetFile(path).iter_batches(columns=[name], use_threads=False):
+        for path, footer in zip(self.paths, self._footers, strict=True):
+            for batch in pq.ParquetFile(path, metadata=footer).iter_batches(columns=[name], use_threads=False):
                 column = batch.column(0)
                 yield column.flatten() if pa.types.is_nested(column.type) else column
+
+    @cached_property
+    def _footers(self) -> list[pq.FileMetaData]:
+        """Parsed once: for a narrow column that takes as long as its values."""
+        return [pq.read_metadata(path) for path in self.paths]
 
     @classmethod
     def staged(cls, path: Path) -> "Columns":

@@ -53,14 +53,15 @@ def fit(
         step, own_rows = _id_step(feature, fitting)
         return step, _described(feature, step), own_rows
 
-    jobs: list[Callable[[], Any]] = [partial(fit_table, table, shared[table], fitting=fitting) for table in shared]
-    jobs += [partial(fitted, feature) for feature in resolve(spec.features)]
+    jobs: list[Callable[[], Any]] = [partial(fitted, feature) for feature in resolve(spec.features)]
+    features_end = len(jobs)  # numbers first: what counts keys may still be loading
+    jobs += [partial(fit_table, table, shared[table], fitting=fitting) for table in shared]
     done = list((in_order if device == "cpu" else map)(lambda job: job(), jobs))
-    tables = dict(zip(shared, done[: len(shared)], strict=True))
+    tables = dict(zip(shared, done[features_end:], strict=True))
     dense: list[Json] = []
     ids: list[Json] = []
     features: list[IdFeature] = []
-    for step, described, own_rows in done[len(shared) :]:
+    for step, described, own_rows in done[:features_end]:
         if described is None:
             dense.append(step)
             continue
