@@ -15,7 +15,8 @@ from recsys.network import Network, Scored
 def compile_dense(network: Network, *, device: str) -> None:
     """Lets a network in training run its dense part as a program of the same results within rounding.
 
-    It is made at the first step and stays: all batches of training are of one shape. Evaluation runs as before.
+    It is made at the first step and stays: all batches of training are of one shape. A head whose shapes depend on what
+    a batch holds, as DIN's do, becomes several programs within its first steps. Evaluation runs as before.
 
     Raises:
         Fault: on CPU, no C++ compiler or no headers of Python.
