@@ -68,7 +68,7 @@ def timed_steps(data: Path, *, batch_size: int) -> dict[str, list[tuple[float, f
         for step, batch in enumerate(list(order), start=1):
             for name, learner in learners.items():
                 began = time.perf_counter()
-                learner.update(batch, step=step, guard=lambda scored, batch: None)
+                learner.update(batch, step=step, guard=lambda scored, batch, logloss: None)
                 seconds, laps = time.perf_counter() - began, learner.clock.read()
                 if step > WARM_UP:
                     found[name].append((seconds, laps["sparse"]))

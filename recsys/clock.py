@@ -7,8 +7,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from recsys.models.head import Inputs
-
 OWN_WORK = ("forward", "backward", "dense")
 """Laps in which a rank waits for no other one."""
 
@@ -31,26 +29,25 @@ class Clock:
         found, self._seconds = self._seconds, {}
         return found
 
-    def watch(self, *, tables: nn.Module, head: nn.Module) -> None:
+    def watch(self, *, tables: nn.Module, looked_up: nn.Module) -> None:
         """Laps where a training step goes from tables to head and back.
 
         "forward" ends before the lookup, "backward" at the looked up rows; what comes after that is "sparse", where
         gradients go to the ranks that hold the rows. What several ranks wait in a lookup is "comm" (`IdsAhead`).
         """
         tables.register_forward_pre_hook(self._at_tables)
-        head.register_forward_pre_hook(self._at_head)
+        looked_up.register_forward_pre_hook(self._at_looked_up)
 
     def _at_tables(self, module: nn.Module, given: Any) -> None:
         if module.training:
             self.lap("forward")
 
-    def _at_head(self, module: nn.Module, given: tuple[Inputs]) -> None:
+    def _at_looked_up(self, module: nn.Module, given: tuple[Tensor]) -> None:
         if not module.training:
             return
         self.lap("lookup")
-        rows = next((rows for rows in (given[0].emb_BFK, given[0].linear_BL) if rows.numel()), None)
-        if rows is not None and rows.requires_grad:
-            rows.register_hook(self._at_rows)  # type: ignore[no-untyped-call]
+        if given[0].requires_grad:
+            given[0].register_hook(self._at_rows)  # type: ignore[no-untyped-call]
 
     def _at_rows(self, gradient: Tensor) -> None:
         self.lap("backward")

@@ -60,6 +60,9 @@ class Train(OptimizerSettings):
     )
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of the dense part")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the dense part, tables stay fp32")
+    compile: bool = Field(
+        False, description="the dense part as one program, made in the first step; on CPU needs a C++ compiler"
+    )
     device: Literal["cpu", "cuda"] = "cpu"
     early_stop: EarlyStop = Field(default_factory=EarlyStop)
     plateau: Plateau | None = Field(None, description="lower the learning rates where validation stops gaining")

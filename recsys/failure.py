@@ -39,19 +39,20 @@ class LossGuard:
     def __init__(self, learner: Learner, schema: Schema, *, rows: Split, run: Path) -> None:
         self._learner, self._schema, self._rows, self._run = learner, schema, rows, run
         self._every = 1 if learner.world.device.type == "cpu" else learner.settings.log_every_steps
-        self._inputs: Inputs | None = None
+        self._rows_BD: Tensor | None = None
         self.usual: float | None = None
         self.step = 0
-        learner.network.head.register_forward_pre_hook(self._remember)
+        learner.network.looked_up.register_forward_pre_hook(self._remember)
 
-    def __call__(self, scored: Scored, batch: Batch) -> None:
+    def __call__(self, scored: Scored, batch: Batch, *, logloss: Tensor) -> None:
         """Raises Fault, after it wrote `failures/step-N-rank-R` into the run."""
         real = float(batch.real_B.sum())
         if self.step % self._every or not real:
             return
-        losses_B = row_losses(scored.logits_BT.detach(), batch, task_weights_T=self._learner.task_weights_T).sum(dim=1)
-        loss = float(losses_B.sum()) / real
+        loss = float(logloss.detach()) * batch.global_rows / self._learner.world.size / real
         if not math.isfinite(loss) or self._is_spike(loss):
+            weights_T = self._learner.task_weights_T
+            losses_B = row_losses(scored.logits_BT.detach(), batch, task_weights_T=weights_T).sum(dim=1)
             raise self._fault(loss, losses_B, batch=batch)
         self.usual = loss if self.usual is None else _KEPT * self.usual + (1 - _KEPT) * loss
 
@@ -63,21 +64,13 @@ class LossGuard:
         usual = chance if self.usual is None else self.usual
         return loss > max(spike * usual * (1 if self.step > _WARM_UP_STEPS else _WARM_UP_BAR), chance)
 
-    def _remember(self, _: nn.Module, given: tuple[Inputs]) -> None:
-        i = given[0]
-        self._inputs = Inputs(
-            emb_BFK=i.emb_BFK.detach(),
-            linear_BL=i.linear_BL.detach(),
-            dense_BN=i.dense_BN.detach(),
-            entries_BEK=i.entries_BEK.detach(),
-            sequences=tuple(tensor.detach() for tensor in i.sequences),
-            masks=i.masks,
-        )
+    def _remember(self, _: nn.Module, given: tuple[Tensor]) -> None:
+        self._rows_BD = given[0].detach()
 
     def _fault(self, loss: float, losses_B: Tensor, *, batch: Batch) -> Fault:
-        inputs = self._inputs
-        if inputs is None:
-            raise RuntimeError("the head was not run")
+        if self._rows_BD is None:
+            raise RuntimeError("nothing was looked up")
+        inputs = self._learner.network.read(self._rows_BD, ids_BS=batch.ids_BS, floats_BN=batch.floats_BN)
         ranked_B = torch.where(batch.real_B > 0, losses_B.nan_to_num(torch.inf, torch.inf), -torch.inf)
         worst = ranked_B.topk(min(_NAMED_ROWS, int(batch.real_B.sum()))).indices.tolist()
         bad = [at for at in worst if not math.isfinite(float(losses_B[at]))] or worst

@@ -100,7 +100,7 @@ class Layout:
     @property
     def vectors(self) -> int:
         """Slots with a vector."""
-        return max((run.stop for run in (*self.full, *self.unpooled)), default=0)
+        return max([0, *(run.stop for run in (*self.full, *self.unpooled))])
 
     @property
     def width(self) -> int:

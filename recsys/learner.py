@@ -1,7 +1,6 @@
 """The network with its optimizers: one update at a time."""
 
-from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from etl.schema import Schema
 from recsys.clock import Clock
+from recsys.compiled import compile_dense
 from recsys.data import Batch
 from recsys.experiment import Experiment, Train
 from recsys.forecast import reserved_bytes
@@ -19,7 +19,11 @@ from recsys.optim import DenseOptimizer, OptimizerSettings
 from recsys.parallel.shard import shard
 from recsys.parallel.world import World, average_gradients
 
-Guard = Callable[[Scored, Batch], None]
+
+class Guard(Protocol):
+    """Looks at what came out for a batch, and at this rank's logloss as `mean_loss` has it."""
+
+    def __call__(self, scored: Scored, batch: Batch, *, logloss: Tensor) -> None: ...
 
 
 class Learner:
@@ -37,10 +41,12 @@ class Learner:
             reserved_bytes=reserved_bytes(experiment, schema),
         )
         self.model = self.sharded.model
+        if self.settings.compile:
+            compile_dense(self._network(), device=self.settings.device)
         self.optimizer = dense_optimizer(self.model, self.settings, linear=experiment.embedding.linear)
         self.penalised = penalised_layers(self.network.head, self.settings.layer_l2)
         self.clock = Clock()
-        self.clock.watch(tables=self._network().tables, head=self.network.head)
+        self.clock.watch(tables=self._network().tables, looked_up=self.network.looked_up)
         self.task_weights_T = torch.tensor([task.weight for task in schema.tasks], device=world.device)
 
     def update(self, batch: Batch, *, step: int, guard: Guard) -> Tensor:
@@ -67,8 +73,8 @@ class Learner:
     def _backward(self, batch: Batch, guard: Guard) -> Tensor:
         with self._precision():
             scored = self.model(batch.ids_BS, batch.floats_BN)
-        guard(scored, batch)
         logloss, loss = self._losses(scored, batch)
+        guard(scored, batch, logloss=logloss)
         if (penalty := head_penalty(self.network.head, self.penalised)) is not None:
             loss = loss + penalty
         self.clock.lap("forward")
@@ -85,8 +91,8 @@ class Learner:
         for part, leaf_BD in zip(parts, leaves, strict=True):
             with self._precision():
                 scored = network.score(leaf_BD, ids_BS=part.ids_BS, floats_BN=part.floats_BN)
-            guard(scored, part)
             logloss, loss = self._losses(scored, part)
+            guard(scored, part, logloss=logloss)
             self.clock.lap("forward")
             loss.backward()  # type: ignore[no-untyped-call]
             total += logloss.detach()

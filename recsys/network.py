@@ -1,7 +1,7 @@
 """The network: embedding tables and a head, single-device; `recsys/parallel` shards it from outside."""
 
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,12 @@ class Scored(NamedTuple):
     penalty_B: Tensor
 
 
+class Dense(Protocol):
+    """The dense part of a network: from the rows that ids looked up to what the network answers."""
+
+    def __call__(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Scored: ...
+
+
 class Network(nn.Module):
     """Tables and head. `forward(ids_BS, floats_BN)` takes both in the schema's order."""
 
@@ -33,6 +39,8 @@ class Network(nn.Module):
     def __init__(self, layout: Layout, *, tables: EmbeddingBagCollection, head: Head, embedding: Embedding) -> None:
         super().__init__()
         self.layout, self.tables, self.head = layout, tables, head
+        self.looked_up = nn.Identity()  # where training's hooks see the rows on their way from the tables to the head
+        self.program: Dense | None = None  # made of `score_rows`, which it stands for
         self._names = [name for name, _ in layout.slots]
         self._every_slot_filled = all(run.plain for run in layout.runs)
         self._order: tuple[Tensor, Tensor] | None = None
@@ -44,7 +52,12 @@ class Network(nn.Module):
 
     def score(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
         """What `forward` answers, from the rows that the ids looked up."""
-        inputs = self._inputs(rows_BD, ids_BS=ids_BS, floats_BN=floats_BN)
+        run = self.program or self.score_rows
+        return run(self.looked_up(rows_BD), ids_BS=ids_BS, floats_BN=floats_BN)
+
+    def score_rows(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Scored:
+        """The dense part: all that comes after the tables."""
+        inputs = self.read(rows_BD, ids_BS=ids_BS, floats_BN=floats_BN)
         l2, linear_l2 = self._l2
         if l2 or linear_l2:
             penalty_B = self.head.activation_penalty_B(inputs, l2=l2, linear_l2=linear_l2)
@@ -54,13 +67,14 @@ class Network(nn.Module):
 
     def inputs(self, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
         """What the head reads."""
-        return self._inputs(self.rows(ids_BS), ids_BS=ids_BS, floats_BN=floats_BN)
+        return self.read(self.rows(ids_BS), ids_BS=ids_BS, floats_BN=floats_BN)
 
     def rows(self, ids_BS: Tensor) -> Tensor:
         """The rows of all slots side by side [B, D], slot after slot."""
         return self._in_order(self.tables(self.lookups(ids_BS)))
 
-    def _inputs(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
+    def read(self, rows_BD: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
+        """What the head reads, from the rows that the ids looked up."""
         layout, end = self.layout, self.layout.vectors * self.layout.width
         rows_BSW = rows_BD[:, :end].view(len(ids_BS), layout.vectors, layout.width)
         return layout.inputs(rows_BSW, rows_BD[:, end::LANE], ids_BS=ids_BS, floats_BN=floats_BN)

@@ -136,19 +136,43 @@ class DenseOptimizer(torch.optim.Optimizer):
     def start(self) -> None:
         """States where training begins, from the weights as they are."""
         for parameter, settings in self._parameters():
-            states = [self.state[parameter][f"state{at}"] for at in range(state_count(settings))]
-            start_states(settings, parameter.detach(), states=states)
+            start_states(settings, parameter.detach(), states=self._states(parameter, settings))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no loss to return
         """Updates every parameter that has a gradient."""
-        for parameter, settings in self._parameters():
-            if parameter.grad is not None:
-                kept = self.state[parameter]
-                kept["step"] += 1
-                states = [kept[f"state{at}"] for at in range(state_count(settings))]
-                now = scaled(settings, self.rate)
-                update(now, parameter, gradients=parameter.grad, states=states, step=int(kept["step"]))
+        for group in self.param_groups:
+            settings, moving = scaled(group["settings"], self.rate), [p for p in group["params"] if p.grad is not None]
+            for parameter in moving:
+                self.state[parameter]["step"] += 1
+            if settings.optimizer == "adam" and not settings.eps_hat and all(p.device.type == "cpu" for p in moving):
+                self._fused_adam(settings, moving)
+                continue
+            for parameter in moving:
+                states, step = self._states(parameter, settings), int(self.state[parameter]["step"])
+                update(settings, parameter, gradients=parameter.grad, states=states, step=step)
+
+    def _fused_adam(self, settings: OptimizerSettings, moving: list[torch.nn.Parameter]) -> None:
+        """One pass over all parameters instead of six over each."""
+        kept = [self._states(parameter, settings) for parameter in moving]
+        torch._fused_adam_(
+            list[Tensor](moving),
+            [torch.as_tensor(parameter.grad) for parameter in moving],
+            [mean for mean, _ in kept],
+            [square for _, square in kept],
+            [],
+            [self.state[parameter]["step"].float() for parameter in moving],
+            lr=settings.learning_rate,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            weight_decay=0.0,
+            eps=settings.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def _states(self, parameter: torch.nn.Parameter, settings: OptimizerSettings) -> list[Tensor]:
+        return [self.state[parameter][f"state{at}"] for at in range(state_count(settings))]
 
     def _parameters(self) -> Iterator[tuple[torch.nn.Parameter, OptimizerSettings]]:
         return ((parameter, group["settings"]) for group in self.param_groups for parameter in group["params"])

@@ -25,6 +25,7 @@ WAYS = {
         "Adam on touched rows": LAZY,
         "row-wise Adagrad": ROWWISE,
         "row-wise Adagrad, bf16": [*ROWWISE, "train.precision=bf16"],
+        "row-wise Adagrad, bf16, compiled": [*ROWWISE, "train.precision=bf16", "train.compile=true"],
     },
     "frappe": {REFERENCE: [], "Adam on touched rows": FRAPPE_LAZY, "row-wise Adagrad": FRAPPE_ROWWISE},
 }

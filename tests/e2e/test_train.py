@@ -95,8 +95,9 @@ def test_rows_of_a_table_on_two_ranks_learn_what_one_rank_learns(data: Path, tmp
 
 
 @pytest.mark.slow
-def test_one_seed_gives_one_result_also_after_a_kill(data: Path, tmp_path: Path) -> None:
-    saving = ("train.checkpoint_every_steps=10", "model.keep_prob=0.8")
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_one_seed_gives_one_result_also_after_a_kill(data: Path, tmp_path: Path, compiled: str) -> None:
+    saving = ("train.checkpoint_every_steps=10", "model.keep_prob=0.8", f"train.compile={compiled}")
     whole = finish(data, tmp_path / "whole", *saving)
     run = tmp_path / "killed"
     process = subprocess.Popen(command(data, run, *saving), cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ)

@@ -52,17 +52,21 @@ def stopped(experiment: Experiment, *, data: Path, run: Path) -> Fault:
     return caught.value
 
 
-@pytest.mark.parametrize(("value", "accumulate"), [(1e38, 1), (3e5, 1), (1e38, 2)])
+@pytest.mark.parametrize(
+    ("value", "accumulate", "compiled"), [(1e38, 1, False), (3e5, 1, False), (1e38, 2, False), (1e38, 1, True)]
+)
 def test_a_value_that_explodes_stops_with_its_place(
     spoilt: Callable[[float], Path],
     experiment: Callable[..., Experiment],
     tmp_path: Path,
     value: float,
     accumulate: int,
+    compiled: bool,
 ) -> None:
     """1e38 makes the loss infinite, 3e5 a spike."""
     size = 32 if value < 1e38 else 256  # a spike needs 100 steps of usual losses before it
     settings = {"batch_size": size // accumulate, "accumulate": accumulate, "epochs": 2, "checkpoint_every_steps": 3}
+    settings["compile"] = compiled
     run = tmp_path / "run"
     fault = stopped(experiment(train=settings, model={"keep_prob": 1.0}), data=spoilt(value), run=run)
     assert any(f"{BAD_FILE}, row {row}" in str(fault) for row in BAD_ROWS), fault

@@ -113,7 +113,7 @@ def test_old_rows_keep_weights_and_states_and_new_ones_start_as_usual(
         restore(best(run), whole.sharded, optimizer=whole.optimizer)
         for one, name in ((whole, "a"), (learner, "b")):
             torch.manual_seed(0)
-            one.update(batch, step=25, guard=lambda scored, batch: None)
+            one.update(batch, step=25, guard=lambda scored, batch, logloss: None)
             tensors(one, tmp_path / name)
         wanted = read_tensors(tmp_path / "a")
         for name, tensor in read_tensors(tmp_path / "b").items():

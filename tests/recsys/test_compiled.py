@@ -1,0 +1,41 @@
+"""Training with the dense part as one program: made once, of the same numbers within rounding."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from etl.faults import Fault
+from recsys.compiled import compile_dense
+from recsys.network import build_network
+from recsys.parallel.world import open_world
+from tests.recsys.conftest import SCHEMA, experiment
+from tests.recsys.test_learner import STEP_ROWS, learnt
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_compiled_dense_part_learns_the_same(dataset: Path, accumulate: int) -> None:
+    """Also of a last step that copies fill up; a second shape would be a second program."""
+    torch._dynamo.reset()
+    counters.clear()
+    settings: dict[str, Any] = {"batch_size": STEP_ROWS // accumulate, "accumulate": accumulate, "clip_norm": 0.05}
+    plain, compiled = (
+        experiment(train=settings | {"compile": on}, model={"kind": "deepfm", "keep_prob": 1.0}) for on in (False, True)
+    )
+    with open_world("cpu") as world:
+        (wanted, losses), (found, others) = (learnt(e, SCHEMA, data=dataset, world=world) for e in (plain, compiled))
+    assert others == pytest.approx(losses, abs=1e-5)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_a_machine_without_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    network = build_network(experiment(), SCHEMA, table_device="meta")
+    with pytest.raises(Fault, match="no C\\+\\+ compiler 'no-such-compiler'"):
+        compile_dense(network, device="cpu")
