@@ -72,20 +72,17 @@ def _check_columns(present: list[str], names: list[str]) -> None:
 
 
 def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
-    def invalid(row: pa_csv.InvalidRow) -> str:
-        return "skip" if data.comment and row.text.startswith(data.comment) else "error"
-
     delimiter = "\t" if data.format == "tsv" else ","
     skipped, head = _leading(data, path)
     if not data.columns and head:
         _check_columns(next(csv.reader(head, delimiter=delimiter)), names)
     if len(head) == (0 if data.columns else 1):
         return  # a day without traffic
-    with pa.input_stream(str(path), compression="detect") as stream:
+    with _uncommented(data, path) as stream:
         reader = pa_csv.open_csv(
             stream,
             pa_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=data.columns or None, skip_rows=skipped),
-            pa_csv.ParseOptions(delimiter=delimiter, invalid_row_handler=invalid),
+            pa_csv.ParseOptions(delimiter=delimiter),
             pa_csv.ConvertOptions(
                 column_types={name: pa.large_string() for name in names},
                 include_columns=names,
@@ -96,13 +93,32 @@ def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch
             yield _clean(data, batch)
 
 
+def _uncommented(data: Data, path: Path) -> pa.NativeFile:
+    """The bytes of a text file without its comment lines, however many fields these seem to have."""
+    stream = pa.input_stream(str(path), compression="detect")
+    return pa.TransformInputStream(stream, _Uncommented(data.comment.encode())) if data.comment else stream
+
+
+class _Uncommented:
+    """Whole lines of the blocks so far that are no comments; an empty block ends the file."""
+
+    def __init__(self, comment: bytes) -> None:
+        self._comment, self._rest = comment, b""
+
+    def __call__(self, block: pa.Buffer) -> bytes:
+        whole, newline, rest = (self._rest + bytes(block)).rpartition(b"\n")
+        lines, self._rest = (whole + newline, rest) if block else (self._rest, b"")
+        if not lines.startswith(self._comment) and b"\n" + self._comment not in lines:
+            return lines
+        return b"".join(line for line in lines.splitlines(keepends=True) if not line.startswith(self._comment))
+
+
 def _leading(data: Data, path: Path) -> tuple[int, list[str]]:
-    """Comment lines before the first row, which the reader would take for the header or for the row's width; and up to
-    two lines after them, the first of which is the header where files have one."""
-    with pa.input_stream(str(path), compression="detect") as stream:
+    """Lines before the first row, which the reader would take for the header or for the row's width; and up to two
+    lines after them, the first of which is the header where files have one."""
+    with _uncommented(data, path) as stream:
         lines = stream.read(1 << 20).splitlines()
-    comment = data.comment.encode() if data.comment else None
-    count = next((at for at, line in enumerate(lines) if not comment or not line.startswith(comment)), len(lines))
+    count = next((at for at, line in enumerate(lines) if line.strip()), len(lines))
     head = [line.decode("utf-8-sig", errors="replace") for line in lines[count:] if line.strip()]
     return count, head[:2]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl import libsvm
+from etl import formats, libsvm
 from etl.experiment_file import parse
 from etl.faults import Fault
 from etl.formats import files
@@ -204,3 +204,22 @@ def test_what_is_no_id_is_a_fault(folder: Path, column: pa.Array, message: str) 
     if pa.types.is_floating(column.type):
         with pytest.raises(Fault, match="column 'item': got double; wanted whole numbers or text"):
             read(ITEMS | {"features": ITEMS["features"][1:]}, format="parquet", group="item")
+
+
+CITIES: dict[str, Any] = {
+    "tasks": [{"name": "click"}],
+    "features": [{"type": "categorical", "name": "city"}, {"type": "numeric", "name": "price"}],
+}
+
+
+@pytest.mark.parametrize("size", [3, 40])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.csv.zst"])
+def test_a_comment_is_no_row_whatever_it_holds(
+    folder: Path, name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one with as many fields as a row, at the start, at the end and across the reader's blocks."""
+    monkeypatch.setattr(formats, "_BLOCK_BYTES", 64)
+    row, comment = "a" * size + ",1,1", "## b,2,0"
+    packed(name, f"{comment}\n##\n\ncity,price,click\n{row}\n{comment}\n# c,3,0\n{comment}\n\n{row}\n{comment}")
+    found = read(CITIES, comment="##")
+    assert found["city"] == ["a" * size, "# c", "a" * size] and found["price"] == [1.0, 3.0, 1.0]
