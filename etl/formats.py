@@ -124,9 +124,19 @@ def _leading(data: Data, path: Path) -> tuple[int, list[str]]:
 
 
 def _clean(data: Data, batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = zip(batch.schema.names, batch.columns, strict=True)
+    return pa.record_batch({name: _cleaned(data, column) for name, column in columns})
+
+
+def _cleaned(data: Data, texts: pa.Array) -> pa.Array:
+    text = pc.utf8_trim_whitespace(texts) if data.trim else texts
     nulls = pa.array(data.null_values, pa.large_string())
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        text = pc.utf8_trim_whitespace(column) if data.trim else column
-        columns[name] = pc.if_else(pc.is_in(text, nulls), pa.scalar(None, pa.large_string()), text)
-    return pa.record_batch(columns)
+    return pc.if_else(pc.is_in(text, nulls), pa.scalar(None, pa.large_string()), text)
+
+
+def split_texts(data: Data, column: pa.Array, separator: str | None) -> pa.Array:
+    """Texts with several values -> lists of them, cleaned as texts of one value are; other columns as they are."""
+    if separator is None or not pa.types.is_large_string(column.type):
+        return column
+    lists = pc.split_pattern(column, separator)
+    return pa.ListArray.from_arrays(lists.offsets, _cleaned(data, lists.values), mask=lists.is_null())

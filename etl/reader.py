@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from etl.data_spec import History
 from etl.faults import Fault
-from etl.formats import raw_batches
+from etl.formats import raw_batches, split_texts
 from etl.pack import ARROW, inner_type, text_keys, typed_column, without_nan
 from etl.schema import GROUP
 from etl.spec import Bag, FeatureSpec, Task, column_of, resolve
@@ -128,10 +128,10 @@ class Reader:
         return by.get(data.split.by) if data.divided else None
 
     def _features(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
-        columns = {
-            name: _typed(_split(batch[name], self._separators.get(name)), name=name, dtype=dtype, place=place)
-            for name, dtype in self._file_columns.items()
-        }
+        columns = {}
+        for name, dtype in self._file_columns.items():
+            column = split_texts(self._spec.data, batch[name], self._separators.get(name))
+            columns[name] = _typed(column, name=name, dtype=dtype, place=place)
         for bag in self._bags:
             _check_bag(bag, columns, place=place)
         return columns
@@ -210,13 +210,6 @@ def _events(batch: pa.RecordBatch, history: History, *, place: str) -> pa.Array:
         held = pc.equal(column.cast(pa.large_string()), text).fill_null(False)
         event &= held.to_numpy(zero_copy_only=False)
     return pa.array(event)
-
-
-def _split(column: pa.Array, separator: str | None) -> pa.Array:
-    """Text with several values -> lists; a column that holds lists stays as it is."""
-    if separator is None or not pa.types.is_large_string(column.type):
-        return column
-    return pc.split_pattern(column, separator)
 
 
 def _check_bag(bag: Bag, columns: Mapping[str, pa.Array], *, place: str) -> None:

@@ -223,3 +223,21 @@ def test_a_comment_is_no_row_whatever_it_holds(
     packed(name, f"{comment}\n##\n\ncity,price,click\n{row}\n{comment}\n# c,3,0\n{comment}\n\n{row}\n{comment}")
     found = read(CITIES, comment="##")
     assert found["city"] == ["a" * size, "# c", "a" * size] and found["price"] == [1.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize(("trim", "inner"), [(True, "b"), (False, " b ")])
+def test_values_of_a_list_are_trimmed_and_may_be_missing(folder: Path, trim: bool, inner: str) -> None:
+    Path("rows.csv").write_text("tags,numbers,click\na| b |,1|?|3,1\n?,,0\n||?,7,1\n")
+    lists = [("tags", {"type": "bag"}), ("numbers", {"type": "sequence", "dtype": "int64"})]
+    features = [{"name": name, "max_length": 3} | kind for name, kind in lists]
+    sections = {"tasks": CITIES["tasks"], "features": features}
+    found = read(sections, null_values=["", "?"], trim=trim)
+    assert found["tags"] == [["a", inner, None], [], [None, None, None]]
+    assert found["numbers"] == [[1, None, 3], [], [7]]
+
+
+def test_a_missing_weight_in_a_list_is_a_fault(folder: Path) -> None:
+    Path("rows.csv").write_text("tags,weights,click\na|b,1|?,1\n")
+    bag = {"type": "bag", "name": "tags", "weight_column": "weights", "max_length": 3}
+    with pytest.raises(Fault, match=r"column 'weights': got null, NaN or infinity; wanted a finite weight an id"):
+        read({"tasks": CITIES["tasks"], "features": [bag]}, null_values=["?"])
