@@ -114,6 +114,9 @@ class Data(Section):
     null_values: list[str] = Field([""], description="texts that mean missing, compared after trimming")
     comment: str | None = Field(None, min_length=1, description="lines that start with this text are skipped")
     trim: bool = Field(True, description="remove spaces around each value")
+    quote: str | None = Field(
+        None, max_length=1, description="what encloses values, '' for nothing; default: '\"' in csv, nothing in tsv"
+    )
     split: Split = Field(default_factory=Split)
     histories: list[History] = Field([], description="lists of a user's earlier events, which sequences read")
     negatives: Negatives | None = Field(None, description="drawn rows for files that hold positives alone")
@@ -122,6 +125,12 @@ class Data(Section):
     def divided(self) -> list[str]:
         """The splits that come from the training files."""
         return [name for name, given in (("valid", self.valid), ("test", self.test)) if not given]
+
+    @property
+    def quotes(self) -> str | None:
+        """What encloses a value that holds the delimiter; None where nothing does, and each line is a row."""
+        default = '"' if self.format == "csv" else ""
+        return (default if self.quote is None else self.quote) or None
 
     @property
     def history_sources(self) -> dict[str, str]:
@@ -140,6 +149,8 @@ class Data(Section):
             raise ValueError("split.valid_from goes with split.test_from and without 'valid' files")
         if self.columns and self.format not in TEXT_TABLES:
             raise ValueError(f"'columns' belongs to csv and tsv, not to {self.format}")
+        if self.quote is not None and self.format not in TEXT_TABLES:
+            raise ValueError(f"'quote' belongs to csv and tsv, not to {self.format}")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError("'columns' names a column twice")
         return self

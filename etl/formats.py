@@ -72,17 +72,18 @@ def _check_columns(present: list[str], names: list[str]) -> None:
 
 
 def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
-    delimiter = "\t" if data.format == "tsv" else ","
+    delimiter, quote = "\t" if data.format == "tsv" else ",", data.quotes
     skipped, head = _leading(data, path)
     if not data.columns and head:
-        _check_columns(next(csv.reader(head, delimiter=delimiter)), names)
+        quoting = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
+        _check_columns(next(csv.reader(head, delimiter=delimiter, quotechar=quote, quoting=quoting)), names)
     if len(head) == (0 if data.columns else 1):
         return  # a day without traffic
     with _uncommented(data, path) as stream:
         reader = pa_csv.open_csv(
             stream,
             pa_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=data.columns or None, skip_rows=skipped),
-            pa_csv.ParseOptions(delimiter=delimiter),
+            pa_csv.ParseOptions(delimiter=delimiter, quote_char=quote or False),
             pa_csv.ConvertOptions(
                 column_types={name: pa.large_string() for name in names},
                 include_columns=names,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from etl import formats, libsvm
 from etl.experiment_file import parse
-from etl.faults import Fault
+from etl.faults import Fault, Faults
 from etl.formats import files
 from etl.reader import Reader
 from etl.run import run
@@ -241,3 +241,27 @@ def test_a_missing_weight_in_a_list_is_a_fault(folder: Path) -> None:
     bag = {"type": "bag", "name": "tags", "weight_column": "weights", "max_length": 3}
     with pytest.raises(Fault, match=r"column 'weights': got null, NaN or infinity; wanted a finite weight an id"):
         read({"tasks": CITIES["tasks"], "features": [bag]}, null_values=["?"])
+
+
+@pytest.mark.parametrize(
+    ("data", "cities"),
+    [
+        ({"format": "tsv"}, ['"a', 'b"', "c"]),
+        ({"format": "tsv", "quote": '"'}, ["a\t1\t1\nb", "c"]),
+        ({"format": "csv"}, ["a,1,1\nb", "c"]),
+        ({"format": "csv", "quote": ""}, ['"a', 'b"', "c"]),
+        ({"format": "csv", "quote": "'"}, ['"a', 'b"', "c"]),
+    ],
+)
+def test_quotes_enclose_values_in_csv_alone_unless_said_otherwise(
+    folder: Path, data: dict[str, Any], cities: list[str]
+) -> None:
+    text = 'city,price,click\n"a,1,1\nb",2,0\nc,3,0\n'
+    Path("rows.txt").write_text(text.replace(",", "\t") if data["format"] == "tsv" else text)
+    assert read(CITIES, **data)["city"] == cities
+
+
+def test_quotes_belong_to_text_tables(folder: Path) -> None:
+    for wrong in ({"format": "parquet", "quote": '"'}, {"quote": "<>"}):
+        with pytest.raises(Faults, match="'quote' belongs to csv and tsv|at most 1 character"):
+            spec(CITIES, **wrong)
