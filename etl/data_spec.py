@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from etl.section import Name, Section
 
 TEXT_TABLES = ("csv", "tsv")
+OWN_COLUMNS = ("label:", "group:", "day:", "split:", "row:", "history:", "negatives:", "position:")
+"""How the names begin of columns that are made beside those of the files."""
 
 
 class Split(Section):
@@ -158,6 +160,8 @@ class Data(Section):
     def check(self, raw: Mapping[str, str], *, tasks: list[str]) -> None:
         """Raises ValueError where histories and negatives do not fit the columns that features read."""
         sources, negatives = self.history_sources, self.negatives
+        if own := [name for name in (*raw, *sources.values()) if name.startswith(OWN_COLUMNS)]:
+            raise ValueError(f"column '{own[0]}' has the name of one that the ETL makes: rename it")
         if len(sources) < sum(len(history.columns) for history in self.histories):
             raise ValueError("two histories make a list column of one name")
         for name, source in sources.items():

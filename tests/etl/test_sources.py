@@ -263,5 +263,5 @@ def test_quotes_enclose_values_in_csv_alone_unless_said_otherwise(
 
 def test_quotes_belong_to_text_tables(folder: Path) -> None:
     for wrong in ({"format": "parquet", "quote": '"'}, {"quote": "<>"}):
-        with pytest.raises(Faults, match="'quote' belongs to csv and tsv|at most 1 character"):
+        with pytest.raises(Faults, match=r"'quote' belongs to csv and tsv|at most 1 character"):
             spec(CITIES, **wrong)
