@@ -16,6 +16,7 @@ from etl.faults import Fault
 from etl.libsvm import libsvm_batches
 
 _BLOCK_BYTES = 4 << 20  # the reader holds up to 32 blocks that wait
+_SAMPLED_FILES = 4
 
 
 def files(patterns: Sequence[str], *, what: str) -> list[Path]:
@@ -34,13 +35,23 @@ def files(patterns: Sequence[str], *, what: str) -> list[Path]:
 
 
 def row_total(data: Data, paths: Sequence[Path]) -> int | None:
-    """Rows of the files, where the format says so. Files that can't be read are left to `raw_batches`."""
-    if data.format != "parquet":
-        return None
+    """Rows of the files; of text about as many, as its first files have lines a byte on disk. Files that can't be read
+    are left to `raw_batches`."""
     try:
-        return sum(int(pq.read_metadata(path).num_rows) for path in paths)
+        if data.format == "parquet":
+            return sum(int(pq.read_metadata(path).num_rows) for path in paths)
+        lines, size = (sum(part) for part in zip(*map(_first_lines, paths[:_SAMPLED_FILES]), strict=True))
+        return round(lines / size * sum(path.stat().st_size for path in paths)) if size else None
     except (pa.ArrowException, OSError):
         return None
+
+
+def _first_lines(path: Path) -> tuple[int, int]:
+    """Lines of the first MBs, and the bytes on disk that were read for them."""
+    packed = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with pa.OSFile(str(path)) as file:
+        stream = pa.CompressedInputStream(file, packed) if packed else file
+        return stream.read(_BLOCK_BYTES).count(b"\n"), file.tell()
 
 
 def raw_batches(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
@@ -75,8 +86,7 @@ def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch
     delimiter, quote = "\t" if data.format == "tsv" else ",", data.quotes
     skipped, head = _leading(data, path)
     if not data.columns and head:
-        quoting = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
-        _check_columns(next(csv.reader(head, delimiter=delimiter, quotechar=quote, quoting=quoting)), names)
+        _check_columns(_header(head, delimiter=delimiter, quote=quote), names)
     if len(head) == (0 if data.columns else 1):
         return  # a day without traffic
     with _uncommented(data, path) as stream:
@@ -92,6 +102,12 @@ def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch
         )
         for batch in reader:
             yield _clean(data, batch)
+
+
+def _header(lines: list[str], *, delimiter: str, quote: str | None) -> list[str]:
+    if quote is None:
+        return lines[0].split(delimiter)
+    return next(csv.reader(lines, delimiter=delimiter, quotechar=quote))
 
 
 def _uncommented(data: Data, path: Path) -> pa.NativeFile:

@@ -47,10 +47,8 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         Thread(target=import_module, args=("etl.engines.compiled",)).start()  # it loads while labels are read
         (raw := folder / "raw").mkdir()
         typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
-        train_rows = typed["train"].labels.rows
-        report("fit train", 0, total=train_rows)
-        state, features, tables = _fit(spec, typed["train"], engine=engine, folder=folder, parent=parent)
-        report("fit train", train_rows, total=train_rows)
+        fitted = _fit(spec, typed["train"], engine=engine, folder=folder, parent=parent, report=report)
+        state, features, tables = fitted
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),
@@ -76,10 +74,18 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     return manifest
 
 
-def _fit(spec: FeatureSpec, train: Typed, *, engine: Engine, folder: Path, parent: Parent | None) -> Fitted:
+def _fit(
+    spec: FeatureSpec, train: Typed, *, engine: Engine, folder: Path, parent: Parent | None, report: Report
+) -> Fitted:
     """Fits the transform. Of rows that can't be fitted, a fault of the rows themselves comes first."""
+    rows = train.labels.rows
+
+    def progress(share: float) -> None:
+        report("fit train", round(share * rows), total=rows)
+
+    progress(0.0)
     try:
-        return engine.fit(spec, train, transform=folder / "transform", parent=parent)
+        return engine.fit(spec, train, transform=folder / "transform", parent=parent, progress=progress)
     except (Fault, PolarsError, pa.ArrowException, OSError):
         for _ in train.batches():
             pass
@@ -149,6 +155,7 @@ def _encode(
         whole = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
         return encoded, pa.table(columns, schema=whole)
 
+    report(f"encode {split}", 0, total=rows.labels.rows)
     for encoded, table in in_order(encoded_rows, _numbered(rows.batches())):
         missing += encoded.missing
         unseen += encoded.unseen
