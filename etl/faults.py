@@ -1,6 +1,7 @@
 """The user's faults: what every command reports in the same four words and exits with code 2."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -29,3 +30,17 @@ def exit_on_fault() -> Iterator[None]:
     except (Fault, Faults) as faults:
         sys.stderr.write(f"{faults}\n")
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def exit_on_termination() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does: what it has begun to write is removed."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
