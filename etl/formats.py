@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -40,8 +41,8 @@ def row_total(data: Data, paths: Sequence[Path]) -> int | None:
     try:
         if data.format == "parquet":
             return sum(int(pq.read_metadata(path).num_rows) for path in paths)
-        lines, size = (sum(part) for part in zip(*map(_first_lines, paths[:_SAMPLED_FILES]), strict=True))
-        return round(lines / size * sum(path.stat().st_size for path in paths)) if size else None
+        lines, size = np.sum([(0, 0), *map(_first_lines, paths[:_SAMPLED_FILES])], axis=0).tolist()
+        return round(lines / max(size, 1) * sum(path.stat().st_size for path in paths))
     except (pa.ArrowException, OSError):
         return None
 
@@ -85,14 +86,17 @@ def _check_columns(present: list[str], names: list[str]) -> None:
 def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
     delimiter, quote = "\t" if data.format == "tsv" else ",", data.quotes
     skipped, head = _leading(data, path)
-    if not data.columns and head:
-        _check_columns(_header(head, delimiter=delimiter, quote=quote), names)
+    columns = data.columns
+    if not columns and head:
+        columns = [name.strip() if data.trim else name for name in _header(head, delimiter=delimiter, quote=quote)]
+        skipped += 1
+        _check_columns(columns, names)
     if len(head) == (0 if data.columns else 1):
         return  # a day without traffic
     with _uncommented(data, path) as stream:
         reader = pa_csv.open_csv(
             stream,
-            pa_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=data.columns or None, skip_rows=skipped),
+            pa_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=columns or None, skip_rows=skipped),
             pa_csv.ParseOptions(delimiter=delimiter, quote_char=quote or False),
             pa_csv.ConvertOptions(
                 column_types={name: pa.large_string() for name in names},

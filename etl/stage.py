@@ -70,6 +70,7 @@ def _read(spec: FeatureSpec, staged: list[Path], *, reader: Reader, report: Repo
                     writer.write(batch if mine.all() else batch.filter(pa.array(mine)))
             row += batch.num_rows
             report(f"read {split}", row - first, total=total)
+        report(f"read {split}", row - first, total=row - first)
     for writer in writers:
         writer.close()
 

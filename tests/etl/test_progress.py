@@ -74,7 +74,7 @@ def test_rows_of_text_are_estimated_from_its_first_bytes(tmp_path: Path, name: s
     assert found is not None and abs(found - 2 * rows) <= 0.2 * rows
     assert row_total(data, [tmp_path / "gone.csv"]) is None
     (tmp_path / "empty.csv.gz").write_bytes(gzip.compress(b""))
-    assert row_total(data, [tmp_path / "empty.csv.gz"]) in (0, None)
+    assert row_total(data, [tmp_path / "empty.csv.gz"]) == row_total(data, []) == 0
 
 
 @pytest.mark.parametrize("format_", ["csv", "parquet"])

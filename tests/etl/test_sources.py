@@ -265,3 +265,14 @@ def test_quotes_belong_to_text_tables(folder: Path) -> None:
     for wrong in ({"format": "parquet", "quote": '"'}, {"quote": "<>"}):
         with pytest.raises(Faults, match=r"'quote' belongs to csv and tsv|at most 1 character"):
             spec(CITIES, **wrong)
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n# a remark\n\n"])
+def test_names_of_a_header_are_trimmed_as_values_are(folder: Path, start: str) -> None:
+    Path("rows.csv").write_text(start + "city , price,\tclick \r\nBern,2, 1\r\n\r\nChur,3,0\r\n")
+    assert read(CITIES, comment="#")["price"] == [2.0, 3.0]
+    with pytest.raises(Fault, match="no column city, price, click; it has city ,  price"):
+        read(CITIES, comment="#", trim=False)
+    Path("rows.csv").write_text("city,city ,price,click\na,b,1,1\n")
+    with pytest.raises(Fault, match="column city twice"):
+        read(CITIES)
