@@ -9,10 +9,17 @@ from pydantic import BaseModel, ValidationError
 
 from etl.artifact import Json
 from etl.faults import Fault, Faults
+from etl.section import Name
 from etl.spec import FeatureSpec
 
 T = TypeVar("T", bound=BaseModel)
 SECTIONS = ("name", "seed", "data", "features", "tasks", "etl", "model", "train", "embedding", "export", "serve")
+
+
+class _Named(FeatureSpec):
+    """What concerns the ETL, under a name that can be a folder's."""
+
+    name: Name
 
 
 def load(path: Path, *, overrides: Sequence[str], into: type[T]) -> T:
@@ -28,8 +35,9 @@ def load(path: Path, *, overrides: Sequence[str], into: type[T]) -> T:
 def load_feature_spec(path: Path, *, overrides: Sequence[str]) -> tuple[str, FeatureSpec]:
     """The experiment's name and what concerns the ETL; other known sections are left to their owners."""
     raw = read(path, overrides=overrides)
-    mine = {key: value for key, value in raw.items() if key in FeatureSpec.model_fields or key not in SECTIONS}
-    return str(raw.get("name", path.stem)), parse(mine, place=str(path), into=FeatureSpec)
+    mine = {key: value for key, value in raw.items() if key in _Named.model_fields or key not in SECTIONS}
+    named = parse(mine, place=str(path), into=_Named)
+    return named.name, FeatureSpec(data=named.data, features=named.features, tasks=named.tasks, etl=named.etl)
 
 
 def read(path: Path, *, overrides: Sequence[str]) -> Json:

@@ -121,3 +121,9 @@ def test_no_feature_reads_a_label(file: Path, feature: str) -> None:
     tasks = 'tasks=[{ name = "bought", column = "click" }]'
     with pytest.raises(Faults, match="a feature reads the column 'click', which is a label"):
         load_feature_spec(file, overrides=[tasks, f"features=[{feature.format('click')}]"])
+
+
+@pytest.mark.parametrize("name", ["../esc", "", "a b", "a/b", ".", "1"])
+def test_a_name_is_one_of_a_folder(file: Path, name: str) -> None:
+    with pytest.raises(Faults, match=r"(?s)trial\.toml: tasks: got .*trial\.toml: name: got"):
+        load_feature_spec(file, overrides=[f'name="{name}"', "tasks=[]"])
