@@ -69,6 +69,15 @@ def read_json(path: Path, *, remedy: str) -> Any:
         raise Fault(str(path), got=f"broken JSON ({error})", wanted="the file as written", remedy=remedy) from None
 
 
+def lost_files(folder: Path, files: Json) -> list[str]:
+    """Those of the files of a manifest that are not there with as many bytes."""
+    return [name for name, said in files.items() if _size(folder / name) != said["bytes"]]
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
 @contextlib.contextmanager
 def new_folder(target: Path, *, marker: str) -> Iterator[Path]:
     """A folder beside `target` that takes its place when the block ends well, and vanishes when it does not.

@@ -24,12 +24,22 @@ class Faults(Exception):
 
 @contextlib.contextmanager
 def exit_on_fault() -> Iterator[None]:
-    """Ends a command with the faults on stderr and exit code 2, without a traceback."""
+    """Ends a command with the faults on stderr and exit code 2, without a traceback; what the system refuses is one."""
     try:
         yield
-    except (Fault, Faults) as faults:
-        sys.stderr.write(f"{faults}\n")
+    except BrokenPipeError:
+        raise  # the reader of the output has gone, nobody waits for a sentence
+    except (Fault, Faults, OSError) as faults:
+        said = _of_system(faults) if isinstance(faults, OSError) else faults
+        sys.stderr.write(f"{said}\n")
         raise SystemExit(2) from None
+
+
+def _of_system(error: OSError) -> Fault:
+    places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    remedy = "check the path, its permissions, and the space on the disk"
+    got, wanted = error.strerror or str(error), "a place that can be read and written"
+    return Fault(" to ".join(places) or "the system", got=got, wanted=wanted, remedy=remedy)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
-from etl.artifact import Json, read_json
+from etl.artifact import Json, lost_files, read_json
+from etl.faults import Fault
 from etl.profile import id_figures, label_slices, number_figures, row_counts
 from etl.schema import IdFeature, Schema, read_schema
 
@@ -18,9 +19,12 @@ def inspect(folder: Path) -> Json:
     population stability index between training and a split; see `etl.profile`.
 
     Raises:
-        Fault: no complete dataset folder stands there.
+        Fault: no complete dataset folder stands there, or one that has lost files.
     """
     manifest = read_json(folder / "manifest.json", remedy="make the folder with `python -m etl run`")
+    if lost := lost_files(folder, manifest["files"]):
+        got, wanted = f"{len(lost)} of its files lost or cut, such as {lost[0]}", "the files of its manifest"
+        raise Fault(str(folder), got=got, wanted=wanted, remedy="make the folder anew with `python -m etl run`")
     schema = read_schema(folder)
     steps = read_json(folder / "transform" / "transform.json", remedy="make the folder with `python -m etl run`")
     boundaries = {step["name"]: step["boundaries"] for step in steps["features"] if step["kind"] == "buckets"}

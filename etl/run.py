@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from polars.exceptions import PolarsError
 
-from etl.artifact import Json, new_folder, read_json, sha256, write_json
+from etl.artifact import Json, lost_files, new_folder, read_json, sha256, write_json
 from etl.engines import Encode, Engine, Fitted, open_engine
 from etl.extend import Parent, extends, record
 from etl.faults import Fault
@@ -97,13 +97,13 @@ def _task(task: Task, *, rate: float) -> TaskColumn:
 
 
 def up_to_date(spec: FeatureSpec, out: Path, *, parent: Parent | None = None) -> bool:
-    """Whether the folder was made from these sections, from the raw files as they are now and from this parent."""
+    """Whether the folder is whole, made from these sections, from the raw files as they are now and this parent."""
     manifest = out / "manifest.json"
     if not manifest.is_file():
         return False
     made = read_json(manifest, remedy="delete the folder and run the ETL again")
     same = made["hash"] == spec.data_hash() and made["raw"] == _raw_files(spec)
-    return bool(same and extends(made, parent, folder=out))
+    return bool(same and extends(made, parent, folder=out) and not lost_files(out, made["files"]))
 
 
 def _raw_files(spec: FeatureSpec) -> dict[str, list[int]]:
