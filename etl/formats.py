@@ -41,8 +41,8 @@ def row_total(data: Data, paths: Sequence[Path]) -> int | None:
     try:
         if data.format == "parquet":
             return sum(int(pq.read_metadata(path).num_rows) for path in paths)
-        lines, size = np.sum([(0, 0), *map(_first_lines, paths[:_SAMPLED_FILES])], axis=0).tolist()
-        return round(lines / max(size, 1) * sum(path.stat().st_size for path in paths))
+        lines, size = np.sum([(0, 1), *map(_first_lines, paths[:_SAMPLED_FILES])], axis=0)
+        return round(float(lines / size) * sum(path.stat().st_size for path in paths))
     except (pa.ArrowException, OSError):
         return None
 
