@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from etl.data_spec import Data
+from etl.data_spec import TEXT_TABLES, Data
 from etl.faults import Fault
 from etl.libsvm import libsvm_batches
 
@@ -45,6 +45,17 @@ def row_total(data: Data, paths: Sequence[Path]) -> int | None:
         return round(float(lines / size) * sum(path.stat().st_size for path in paths))
     except (pa.ArrowException, OSError):
         return None
+
+
+def holds_rows(data: Data, path: Path) -> bool:
+    """Whether a file holds a row; one that can't be read is left to `raw_batches`."""
+    try:
+        if data.format == "parquet":
+            return bool(pq.read_metadata(path).num_rows)
+        has_header = data.format in TEXT_TABLES and not data.columns
+        return len(_leading(data, path)[1]) > has_header
+    except (pa.ArrowException, OSError):
+        return True
 
 
 def _first_lines(path: Path) -> tuple[int, int]:
