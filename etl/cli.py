@@ -118,13 +118,13 @@ def _print_tables(found: dict[str, Any]) -> None:
 
     splits = [{"split": name, "rows": part["rows"]} | part["label_rate"] for name, part in found["splits"].items()]
     ids = [{key: f[key] for key in ("name", "rows", "missing", "unseen", "psi")} for f in found["features"]]
-    dense = [{key: f[key] for key in ("name", "mean", "std", "min", "max", "psi")} for f in found["dense"]]
+    dense = [{key: f[key] for key in ("name", "missing", "mean", "std", "min", "max", "psi")} for f in found["dense"]]
     console = Console()
     console.print(_table("splits", splits))
     console.print(
         _table("id features: table rows, shares of missing and unseen values, drift from training (PSI)", ids)
     )
-    console.print(_table("dense features after scaling, drift from training (PSI)", dense))
+    console.print(_table("dense features after scaling: shares of missing values, drift from training (PSI)", dense))
 
 
 def _with_options(record: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

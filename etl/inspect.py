@@ -15,7 +15,8 @@ from etl.schema import IdFeature, Schema, read_schema
 def inspect(folder: Path) -> Json:
     """Rows and label rates by split, by day or raw file, and along each split; figures of id and of dense features.
 
-    `missing` and `unseen` are shares of a feature's values: of its rows, or of all ids in a list feature. Drift is the
+    `missing` and `unseen` are shares of a feature's values: of its rows, or of all ids in a list feature; of a dense
+    feature `missing` is the share of rows that are filled, or of an encoding lack one of its values. Drift is the
     population stability index between training and a split; see `etl.profile`.
 
     Raises:
@@ -42,7 +43,18 @@ def inspect(folder: Path) -> Json:
             _id_feature(folder, feature, schema=schema, splits=splits, boundaries=boundaries.get(feature.name))
             for feature in schema.features
         ],
-        "dense": number_figures(folder, schema.dense_names, rows=rows),
+        "dense": [
+            {"name": figures["name"], "missing": _dense_missing(figures["name"], splits)} | figures
+            for figures in number_figures(folder, schema.dense_names, rows=rows)
+        ],
+    }
+
+
+def _dense_missing(name: str, splits: Json) -> dict[str, float | None]:
+    """The shares of filled rows; None for a folder that an older program made."""
+    return {
+        split: counted["dense"][name]["missing"] / counted["rows"] if "dense" in counted else None
+        for split, counted in splits.items()
     }
 
 

@@ -22,6 +22,7 @@ from etl.extend import Parent, extends, record
 from etl.faults import Fault
 from etl.folds import OutOfFold
 from etl.formats import files
+from etl.nulls import DenseNulls
 from etl.schema import GROUP, DenseFeature, Schema, TaskColumn
 from etl.spec import Etl, FeatureSpec, Task
 from etl.splits import SPLITS
@@ -155,15 +156,17 @@ def _encode(
         whole = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
         return encoded, pa.table(columns, schema=whole)
 
+    nulls = DenseNulls(spec)
     report(f"encode {split}", 0, total=rows.labels.rows)
-    for encoded, table in in_order(encoded_rows, _numbered(rows.batches())):
+    for encoded, table in in_order(encoded_rows, _numbered(nulls.counted(rows.batches()))):
         missing += encoded.missing
         unseen += encoded.unseen
         shards.write(table)
         report(f"encode {split}", shards.rows, total=rows.labels.rows)
     shards.close()
     counts = zip(names, missing.tolist(), unseen.tolist(), strict=True)
-    return {"rows": shards.rows, "features": {name: {"missing": m, "unseen": u} for name, m, u in counts}}
+    features = {name: {"missing": m, "unseen": u} for name, m, u in counts}
+    return {"rows": shards.rows, "features": features, "dense": nulls.as_json()}
 
 
 def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:

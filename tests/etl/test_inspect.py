@@ -260,6 +260,22 @@ def test_dense_features_against_plain_python(data: Path, found: dict[str, Any]) 
     assert age["psi"]["test"] > age["psi"]["valid"] > 0.1 and age["mean"] == age["by_split"]["train"]["mean"]
 
 
+def test_missing_numbers_are_counted(data: Path, found: dict[str, Any], tmp_path: Path) -> None:
+    for at, (split, count) in enumerate(SPLITS.items()):
+        absent = raw_rows(count, seed=at, shift=at)["age"].null_count
+        assert absent and [dense["missing"][split] for dense in found["dense"]] == [absent / count, 0.0]
+    write_page(found, tmp_path / "page.html")
+    shares = ", ".join(f"{split} {share:.1%}" for split, share in found["dense"][0]["missing"].items())
+    assert f"Missing: {shares}." in (tmp_path / "page.html").read_text()
+    printed = CliRunner().invoke(app, ["inspect", str(data), "--html", str(tmp_path / "page.html")]).output
+    assert "missing" in printed.split("dense features")[1]
+    older = json.loads((data / "manifest.json").read_text())
+    older["splits"] = {name: {k: v for k, v in part.items() if k != "dense"} for name, part in older["splits"].items()}
+    shutil.copytree(data, tmp_path / "older")
+    (tmp_path / "older" / "manifest.json").write_text(json.dumps(older))
+    assert inspect(tmp_path / "older")["dense"][0]["missing"] == dict.fromkeys(SPLITS)
+
+
 def test_a_column_of_one_value(found: dict[str, Any]) -> None:
     same = next(dense for dense in found["dense"] if dense["name"] == "same")
     assert same["std"] == 0 and same["min"] == same["max"] and max(same["histogram"]["share"]["test"]) == 1
@@ -276,6 +292,8 @@ def test_row_groups_and_the_sample_do_not_matter(
         shutil.rmtree(tmp_path / "d" / split)
         (tmp_path / "d" / split).mkdir()
         pq.write_table(table, tmp_path / "d" / split / "part-00000.parquet")
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
     whole = json.loads(json.dumps(inspect(tmp_path / "d")))
     assert whole["features"] == found["features"] and whole["label_rate_by_position"] == found["label_rate_by_position"]
     for one, other in zip(whole["dense"], found["dense"], strict=True):
