@@ -28,6 +28,9 @@ class Split(Section):
     valid_from: int | str | None = Field(None, description="time: rows at or after go to validation, instead of shares")
     test_from: int | str | None = Field(None, description="time: rows at or after go to the test, instead of shares")
     seed: int = Field(0, ge=0, description="row and group: the split depends on it and on the position or group alone")
+    unit: Literal["s", "ms"] | None = Field(
+        None, description="time and last: of whole numbers, counted from 1970 on; rates of labels are then told by day"
+    )
 
     @property
     def bounded(self) -> bool:
@@ -40,6 +43,8 @@ class Split(Section):
             raise ValueError("'column' goes with by = 'group', 'time' or 'last', which need it")
         if (self.by == "last") != (self.time is not None):
             raise ValueError("'time' goes with by = 'last', which needs it")
+        if self.unit is not None and self.by not in ("time", "last"):
+            raise ValueError("'unit' goes with by = 'time' or 'last'")
         if self.bounded and (self.by != "time" or self.test_fraction is not None):
             raise ValueError("'valid_from' and 'test_from' go with by = 'time', without 'test_fraction'")
         if self.by == "last" and self.test_fraction is not None:

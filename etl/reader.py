@@ -15,11 +15,10 @@ from etl.pack import ARROW, inner_type, text_keys, typed_column, without_nan
 from etl.schema import GROUP
 from etl.spec import Bag, FeatureSpec, Task, column_of, resolve
 from etl.threads import in_order
-from etl.times import WHOLE, clock
+from etl.times import WHOLE, clock, days_of
 from etl.transform import RESERVED_KEYS, Int64s
 
 SPLIT, USER, DAY = "split:", "negatives:user", "day:"
-_DAY_NS = 86_400 * 10**9
 
 _Placed = tuple[int, str, pa.RecordBatch]
 """The place of a file among others, the place of a batch in words, and the batch as it is read."""
@@ -75,8 +74,15 @@ class Reader:
 
     @property
     def by_day(self) -> bool:
-        """Whether rows are told apart by day: where the split has a column of times or dates. By file otherwise."""
-        return self._day is not None and self._clocks.get(self._day, WHOLE) != WHOLE
+        """Whether rows are told apart by day: where the split has a column of times or dates, or of whole numbers with
+        a unit. By file otherwise."""
+        return self._unit is not None
+
+    @property
+    def _unit(self) -> str | None:
+        """Of the times by which rows are divided; None where nothing says a day."""
+        whole = self._day is None or self._clocks.get(self._day, WHOLE) == WHOLE
+        return (self._spec.data.split.unit if self._day else None) if whole else "ns"
 
     def times(self, paths: Sequence[Path], name: str) -> Iterator[Int64s]:
         """One column as times, batch by batch. Raises Fault as `batches`."""
@@ -145,7 +151,7 @@ class Reader:
         days = np.full(batch.num_rows, file, np.int32)
         if self._day:
             times = self._times(batch[self._day], name=self._day, place=place)
-            days = (times // _DAY_NS).astype(np.int32) if self.by_day else days
+            days = days_of(times, unit=self._unit, place=f"{place}, column '{self._day}'") if self._unit else days
         return columns | {DAY: pa.array(days)}
 
     def _extras(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def test_label_rates_by_file(data: Path, found: dict[str, Any]) -> None:
 
 
 DAYS = ["2024-02-28T23:59:59", "2024-02-29T00:00:00", "2024-03-01T12:00:00", "1969-12-31T23:00:00"]
+SECONDS = [round(datetime.fromisoformat(f"{day}+00:00").timestamp()) for day in DAYS]
 
 
 @pytest.mark.parametrize(
@@ -153,13 +155,16 @@ DAYS = ["2024-02-28T23:59:59", "2024-02-29T00:00:00", "2024-03-01T12:00:00", "19
         (DAYS, {"by": "time", "column": "time", "valid_from": "2024-02-29", "test_from": "2024-03-01"}, "day"),
         (DAYS, {"by": "last", "column": "user", "time": "time"}, "day"),
         ([3, 2, 1, 0], {"by": "time", "column": "time", "valid_from": 1, "test_from": 2}, "file"),
+        (SECONDS, {"by": "time", "column": "time", "valid_from": SECONDS[1], "test_from": SECONDS[2]}, "file"),
+        (SECONDS, {"by": "time", "column": "time", "valid_fraction": 0.3, "test_fraction": 0.3, "unit": "s"}, "day"),
+        ([1000 * at for at in SECONDS], {"by": "last", "column": "user", "time": "time", "unit": "ms"}, "day"),
         (DAYS, {"valid_fraction": 0.3, "test_fraction": 0.3}, "file"),
     ],
 )
 def test_label_rates_by_day(
     times: list[Any], split: dict[str, Any], by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A day is the split's own column of times; whole numbers say no day, so they count by file."""
+    """A day is the split's own column of times; whole numbers without a unit say no day, so they count by file."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     seen: dict[str, list[int]] = {}
@@ -168,7 +173,7 @@ def test_label_rates_by_day(
         lines = ["time,user,click", *(f"{times[at]},{user},{click}" for at, user, click in rows)]
         Path(f"{file}.csv").write_text("\n".join(lines) + "\n")
         for at, _, click in rows:
-            seen.setdefault(str(times[at])[:10] if by == "day" else f"{file}.csv", []).append(click)
+            seen.setdefault(DAYS[at][:10] if by == "day" else f"{file}.csv", []).append(click)
     features = [{"type": "categorical", "name": "user"}]
     raw = {"data": {"train": ["a.csv", "b.csv"], "split": split}, "tasks": [{"name": "click"}], "features": features}
     manifest = run(parse(raw, place="x", into=FeatureSpec), Path("d"), report=silent)
