@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from etl.artifact import Json
 from etl.faults import Fault, Faults
+from etl.globs import expand_globs, has_globs
 from etl.section import Name
 from etl.spec import FeatureSpec
 
@@ -41,7 +42,7 @@ def load_feature_spec(path: Path, *, overrides: Sequence[str]) -> tuple[str, Fea
 
 
 def read(path: Path, *, overrides: Sequence[str]) -> Json:
-    """The parsed TOML with the overrides applied; `name` defaults to the file's own."""
+    """The parsed TOML with the overrides applied and globs expanded; `name` defaults to the file's own."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -51,7 +52,7 @@ def read(path: Path, *, overrides: Sequence[str]) -> Json:
     raw.setdefault("name", path.stem)
     for override in overrides:
         _override(raw, override)
-    return raw
+    return expand_globs(raw, place=str(path)) if has_globs(raw) else raw
 
 
 def parse(raw: Json, *, place: str, into: type[T]) -> T:

@@ -66,6 +66,23 @@ def _first_lines(path: Path) -> tuple[int, int]:
         return stream.read(_BLOCK_BYTES).count(b"\n"), file.tell()
 
 
+def column_names(data: Data, path: Path) -> list[str]:
+    """The columns of a file, in its order; of libffm those that do not depend on its lines.
+
+    Raises:
+        Fault: an unreadable file, or one without a header line.
+    """
+    try:
+        if data.format == "parquet":
+            return list(pq.read_schema(path).names)
+        if data.format not in TEXT_TABLES:
+            return ["label", "ids", "values"] if data.format == "libsvm" else ["label"]
+        return data.columns or _header(data, _leading(data, path)[1])
+    except (pa.ArrowException, OSError, IndexError, csv.Error) as e:
+        wanted, remedy = f"a readable {data.format} file with named columns", "check the file, and [data] columns"
+        raise Fault(str(path), got=str(e).strip() or "no header", wanted=wanted, remedy=remedy) from None
+
+
 def raw_batches(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
     """Parquet columns as they are typed; csv columns as trimmed texts with nulls; libsvm columns as texts and lists.
 
@@ -95,11 +112,10 @@ def _check_columns(present: list[str], names: list[str]) -> None:
 
 
 def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
-    delimiter, quote = "\t" if data.format == "tsv" else ",", data.quotes
     skipped, head = _leading(data, path)
     columns = data.columns
     if not columns and head:
-        columns = [name.strip() if data.trim else name for name in _header(head, delimiter=delimiter, quote=quote)]
+        columns = _header(data, head)
         skipped += 1
         _check_columns(columns, names)
     if len(head) == (0 if data.columns else 1):
@@ -108,7 +124,7 @@ def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch
         reader = pa_csv.open_csv(
             stream,
             pa_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=columns or None, skip_rows=skipped),
-            pa_csv.ParseOptions(delimiter=delimiter, quote_char=quote or False),
+            pa_csv.ParseOptions(delimiter=_delimiter(data), quote_char=data.quotes or False),
             pa_csv.ConvertOptions(
                 column_types={name: pa.large_string() for name in names},
                 include_columns=names,
@@ -119,10 +135,17 @@ def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch
             yield _clean(data, batch)
 
 
-def _header(lines: list[str], *, delimiter: str, quote: str | None) -> list[str]:
-    if quote is None:
-        return lines[0].split(delimiter)
-    return next(csv.reader(lines, delimiter=delimiter, quotechar=quote))
+def _delimiter(data: Data) -> str:
+    return "\t" if data.format == "tsv" else ","
+
+
+def _header(data: Data, lines: list[str]) -> list[str]:
+    """The names in the first of the lines, trimmed as values are."""
+    if data.quotes is None:
+        names = lines[0].split(_delimiter(data))
+    else:
+        names = next(csv.reader([lines[0]], delimiter=_delimiter(data), quotechar=data.quotes))
+    return [name.strip() for name in names] if data.trim else names
 
 
 def _uncommented(data: Data, path: Path) -> pa.NativeFile:

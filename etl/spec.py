@@ -41,7 +41,9 @@ class Categorical(_Looked):
     """A string or integer id looked up in a vocabulary fitted on the training rows, or hashed."""
 
     type: Literal["categorical"]
-    columns: list[ColumnNames] = Field([], description="several columns or ranges (C1..C26), each a feature of its own")
+    columns: list[ColumnNames] = Field(
+        [], description="several columns, ranges (C1..C26) or globs (C*), each a feature of its own"
+    )
 
 
 class _Listed(_Looked):
