@@ -189,7 +189,7 @@ def _cleaned(data: Data, texts: pa.Array) -> pa.Array:
     return pc.if_else(pc.is_in(text, nulls), pa.scalar(None, pa.large_string()), text)
 
 
-def split_texts(data: Data, column: pa.Array, separator: str | None) -> pa.Array:
+def split_texts(data: Data, column: pa.Array, *, separator: str | None) -> pa.Array:
     """Texts with several values -> lists of them, cleaned as texts of one value are; other columns as they are."""
     if separator is None or not pa.types.is_large_string(column.type):
         return column

@@ -136,7 +136,7 @@ class Reader:
     def _features(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
         columns = {}
         for name, dtype in self._file_columns.items():
-            column = split_texts(self._spec.data, batch[name], self._separators.get(name))
+            column = split_texts(self._spec.data, batch[name], separator=self._separators.get(name))
             columns[name] = _typed(column, name=name, dtype=dtype, place=place)
         for bag in self._bags:
             _check_bag(bag, columns, place=place)
