@@ -166,7 +166,7 @@ class Data(Section):
         """Raises ValueError where histories and negatives do not fit the columns that features read."""
         sources, negatives = self.history_sources, self.negatives
         if own := [name for name in (*raw, *sources.values()) if name.startswith(OWN_COLUMNS)]:
-            raise ValueError(f"column '{own[0]}' has the name of one that the ETL makes: rename it")
+            raise ValueError(f"no column '{own[0]}', the name of one that the ETL makes: rename it")
         if len(sources) < sum(len(history.columns) for history in self.histories):
             raise ValueError("two histories make a list column of one name")
         for name, source in sources.items():

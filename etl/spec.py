@@ -153,7 +153,7 @@ class FeatureSpec(Section):
                 wanted = "categorical or bucket features that are listed before it"
                 raise ValueError(f"cross '{feature.name}': inputs must be {wanted}, not {unknown}")
         if leaks := set(raw := self.raw_columns()) & {task.label for task in self.tasks}:
-            raise ValueError(f"a feature reads the column '{min(leaks)}', which is a label")
+            raise ValueError(f"no feature that reads the column '{min(leaks)}', which is a label")
         self.data.check(raw, tasks=[task.name for task in self.tasks])
         self.file_columns()
         self.shared_tables()

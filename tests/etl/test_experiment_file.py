@@ -107,21 +107,21 @@ READS = [
 @pytest.mark.parametrize("column", OWN)
 @pytest.mark.parametrize("feature", READS)
 def test_names_of_columns_that_the_etl_makes_are_refused(file: Path, feature: str, column: str) -> None:
-    with pytest.raises(Faults, match=f"column '{column}' has the name of one that the ETL makes"):
+    with pytest.raises(Faults, match=f"column '{column}', the name of one that the ETL makes"):
         load_feature_spec(file, overrides=[f"features=[{feature.format(column)}]"])
 
 
 def test_a_history_of_such_a_column_is_refused(file: Path) -> None:
     history = '[{ user = "u", time = "t", max_length = 2, columns = { past = "label:click" } }]'
     features = '[{ type = "sequence", name = "past", max_length = 2 }]'
-    with pytest.raises(Faults, match="column 'label:click' has the name of one that the ETL makes"):
+    with pytest.raises(Faults, match="column 'label:click', the name of one that the ETL makes"):
         load_feature_spec(file, overrides=[f"data.histories={history}", f"features={features}"])
 
 
 @pytest.mark.parametrize("feature", READS)
 def test_no_feature_reads_a_label(file: Path, feature: str) -> None:
     tasks = 'tasks=[{ name = "bought", column = "click" }]'
-    with pytest.raises(Faults, match="a feature reads the column 'click', which is a label"):
+    with pytest.raises(Faults, match="no feature that reads the column 'click', which is a label"):
         load_feature_spec(file, overrides=[tasks, f"features=[{feature.format('click')}]"])
 
 
