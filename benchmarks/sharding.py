@@ -33,7 +33,7 @@ from recsys.data import Batch
 from recsys.experiment import Experiment, Train
 from recsys.learner import dense_optimizer
 from recsys.loss import mean_loss
-from recsys.machine import slow_precision
+from recsys.machine import keep_memory, slow_precision
 from recsys.network import Network, build_network, init_rows
 from recsys.optim import start_states, state_count, update
 from recsys.parallel.pipeline import IdsAhead
@@ -213,6 +213,7 @@ def losses_alone(steps: int) -> dict[str, list[float]]:
 
 def step_seconds(sharding: str, *, rounds: int) -> dict[str, float]:
     """Medians of DeepFM on 26 tables, 4096 rows over all ranks; on several ranks also with ids sent ahead, in turns."""
+    keep_memory()  # as `recsys train`
     schema, embedding = schema_of(WIDE, dense=13), embedding_of("rowwise_adagrad", sharding, rows=WIDE, dim=16)
     experiment = experiment_of(schema, embedding, hidden=[400, 400, 400])
     with open_world("cpu") as world:

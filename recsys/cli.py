@@ -70,10 +70,11 @@ def train(
         from recsys.progress import quiet_libraries, watch
 
         quiet_libraries()
-        from recsys.machine import slow_precision
+        from recsys.machine import keep_memory, slow_precision
         from recsys.train import train as run_training
 
         found = _load(experiment, set_)
+        keep_memory()
         if note := slow_precision(found.train):
             print(note, file=sys.stderr)
         out = Path("out") / found.name

@@ -1,9 +1,11 @@
 """The network: embedding tables and a head, single-device; `recsys/parallel` shards it from outside."""
 
-from typing import NamedTuple
+from math import gcd
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 
 from etl.artifact import seed_of
@@ -33,6 +35,7 @@ class Network(nn.Module):
         self.layout, self.tables, self.head = layout, tables, head
         self._names = [name for name, _ in layout.slots]
         self._every_slot_filled = all(run.plain for run in layout.runs)
+        self._order: tuple[Tensor, Tensor] | None = None
         self._l2 = (embedding.l2, embedding.first_order_l2) if embedding.l2_scope == "activations" else (0.0, 0.0)
         self.register_buffer("columns", torch.tensor(layout.columns, dtype=torch.int64), persistent=False)
 
@@ -76,8 +79,39 @@ class Network(nn.Module):
         if pooled.keys() == self._names:
             values_BD: Tensor = pooled.values()
             return values_BD
-        in_order_BD: Tensor = KeyedTensor.regroup([pooled], [self._names])[0]
-        return in_order_BD
+        return torch.as_tensor(_InOrder.apply(pooled.values(), self._order_of(pooled)))  # type: ignore[no-untyped-call]
+
+    def _order_of(self, pooled: KeyedTensor) -> tuple[Tensor, Tensor]:
+        """Where each piece of an answer's row belongs, and the way back; answers of one plan are alike."""
+        if self._order is None:
+            widths = dict(zip(pooled.keys(), pooled.length_per_key(), strict=True))
+            size, end, starts = gcd(*widths.values()), 0, {}
+            for name, width in widths.items():
+                starts[name], end = end, end + width
+            pieces = [at for name in self._names for at in range(starts[name], starts[name] + widths[name], size)]
+            order_P = torch.tensor(pieces, device=self.columns.device) // size
+            self._order = order_P, order_P.argsort()
+        return self._order
+
+
+class _InOrder(Function):
+    """Equal pieces of each row [B, D] in another order, and their gradients in the old one.
+
+    torchrec's `regroup` does the same by a concatenation of slices, in several times the time on CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values_BD: Tensor, order: tuple[Tensor, Tensor]) -> Tensor:
+        order_P, ctx.back_P = order
+        return _picked(values_BD, order_P)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BD: Tensor) -> tuple[Tensor, None]:
+        return _picked(gradient_BD, ctx.back_P), None
+
+
+def _picked(values_BD: Tensor, order_P: Tensor) -> Tensor:
+    return values_BD.reshape(len(values_BD), len(order_P), -1).index_select(1, order_P).flatten(1)
 
 
 def build_network(experiment: Experiment, schema: Schema, *, table_device: str) -> Network:

@@ -18,6 +18,7 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import Stats
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
+from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
@@ -25,8 +26,8 @@ from torchrec.optim import RowWiseAdagrad
 from etl.faults import Fault
 from recsys.experiment import Embedding
 from recsys.optim import state_count
+from recsys.parallel.exchange import AllToAll, Scatter
 from recsys.parallel.rows import needs_own_rows
-from recsys.parallel.scatter import Scatter
 from recsys.parallel.world import World
 from recsys.placement import LANE, Resolved
 
@@ -84,18 +85,20 @@ def hardware_here(world: World) -> Hardware:
 
 class _Tables(ShardedEmbeddingBagCollection):  # type: ignore[misc]
     """Keeps data_parallel tables out of DDP, since their optimizer takes the gradient inside the backward pass; sends
-    row_wise lookups over gloo by `Scatter`."""
+    what was looked up over gloo by exchanges of our own."""
 
     def leave_ddp(self) -> None:
         """Takes off the wrapper that torchrec needs while it builds the module."""
         for at, lookup in enumerate(self._lookups):
             self._lookups[at] = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
 
-    def scatter_over_gloo(self) -> None:
-        """Takes the place of torchrec's exchange of row_wise lookups, where that is to send fp32 over gloo."""
-        for output in self._output_dists:
-            if isinstance(output, RwPooledEmbeddingDist) and self._device.type == "cpu" and output._codecs is None:
+    def exchange_over_gloo(self) -> None:
+        """Takes the place of torchrec's exchanges of row_wise and of table_wise lookups that send fp32 over gloo."""
+        for output in self._output_dists if self._device.type == "cpu" else ():
+            if isinstance(output, RwPooledEmbeddingDist) and output._codecs is None:
                 output._dist = Scatter(output._pg)
+            elif isinstance(output, TwPooledEmbeddingDist) and output._codecs is None and not output._callbacks:
+                output._dist = AllToAll(output._pg, widths=output._dim_sum_per_rank)
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         yield from (f"{prefix}.{name}" if prefix else name for name, _ in self.named_parameters())
@@ -114,7 +117,7 @@ class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
         codecs = self.qcomm_codecs_registry
         tables = _Tables(module, params, env, self.fused_params, device, codecs, *name)
         tables.leave_ddp()
-        tables.scatter_over_gloo()
+        tables.exchange_over_gloo()
         return tables
 
 

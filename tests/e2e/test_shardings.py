@@ -22,8 +22,8 @@ from recsys.clock import Clock
 from recsys.data import Batch
 from recsys.loss import mean_loss
 from recsys.network import Network
+from recsys.parallel.exchange import AllToAll, Scatter
 from recsys.parallel.pipeline import IdsAhead
-from recsys.parallel.scatter import Scatter
 from recsys.parallel.state import restore, save
 from recsys.parallel.world import World, average_gradients, mean_over_ranks, open_world
 from recsys.progress import quiet_libraries
@@ -188,11 +188,26 @@ def check_scatter(world: World) -> None:
     assert torch.equal(torch.as_tensor(sums_GD.grad), torch.cat(gradients) / world.size)
 
 
+def check_all_to_all(world: World, *, widths: list[int]) -> None:
+    """Uneven batches and widths of the ranks, of which one may look up nothing, against a gather of everything."""
+    rows, group = [3, 2], dist.group.WORLD
+    looked = [torch.randn(sum(rows), width, generator=torch.Generator().manual_seed(9)) for width in widths]
+    own_GD = looked[world.rank].clone().requires_grad_()
+    joined_BD = AllToAll(group, widths=widths)(own_GD, batch_size_per_rank=rows).wait()
+    assert torch.equal(joined_BD, torch.cat(looked, dim=1).split(rows)[world.rank])
+    weights_GD = torch.randn(sum(rows), sum(widths), generator=torch.Generator().manual_seed(3))
+    (joined_BD * weights_GD.split(rows)[world.rank]).sum().backward()
+    wanted_GD = weights_GD.split(widths, dim=1)[world.rank] / world.size
+    assert torch.equal(torch.as_tensor(own_GD.grad), wanted_GD)
+
+
 def on_a_rank(folder: Path) -> None:
     quiet_libraries()
     with open_world("cpu") as world:
         found = (moved(folder, world, saved_by=None), moved(folder, world, saved_by=1), narrow(world))
         check_scatter(world)
+        for widths in ([5, 7], [4, 0], [0, 4]):
+            check_all_to_all(world, widths=widths)
         assert at_once(world) == ahead(world) == by_torchrec(world) != ahead(world, shift=7)
         torch.save(found, folder / f"found-{world.rank}.pt")
 

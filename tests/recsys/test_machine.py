@@ -1,12 +1,17 @@
-"""What is said where a machine lacks something."""
+"""What is said where a machine lacks something, and what is asked of it."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from recsys.experiment import Experiment
 from recsys.machine import slow_precision
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_emulated_bf16_is_told(monkeypatch: pytest.MonkeyPatch, experiment: Callable[..., Experiment]) -> None:
@@ -16,3 +21,25 @@ def test_emulated_bf16_is_told(monkeypatch: pytest.MonkeyPatch, experiment: Call
     assert slow_precision(experiment().train) is None
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert slow_precision(experiment(train={"precision": "bf16"}).train) is None
+
+
+def test_what_tensors_give_back_is_kept() -> None:
+    """Pages that the kernel hands out while tensors of a few megabytes come and go, in processes of their own."""
+    assert _pages("keep_memory()") < 100 < _pages("pass")
+
+
+def _pages(first: str) -> int:
+    code = f"""
+import resource, torch
+from recsys.machine import keep_memory
+{first}
+def turn():
+    for _ in range(20):
+        parts = [torch.ones(1 << 20, dtype=torch.float32) for _ in range(8)]
+turn()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+turn()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout)
