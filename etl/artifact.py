@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,37 +69,77 @@ def read_json(path: Path, *, remedy: str) -> Any:
         raise Fault(str(path), got=f"broken JSON ({error})", wanted="the file as written", remedy=remedy) from None
 
 
+def lost_files(folder: Path, files: Json) -> list[str]:
+    """Those of the files of a manifest that are not there with as many bytes."""
+    return [name for name, said in files.items() if _size(folder / name) != said["bytes"]]
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
 @contextlib.contextmanager
 def new_folder(target: Path, *, marker: str) -> Iterator[Path]:
     """A folder beside `target` that takes its place when the block ends well, and vanishes when it does not.
 
+    What processes that were killed have left there is removed first. A link is followed: what it names is replaced.
+
     Raises:
         Fault: something stands at `target` that holds no file named `marker`, so it is none of ours to replace.
     """
+    target = target.resolve()
+    recover(target)
     if target.exists() and not (target / marker).is_file() and not _is_empty(target):
         got, remedy = f"something else than a folder with {marker}", "name another folder or move that one away"
         raise Fault(str(target), got=got, wanted="a free place, or an older folder of this kind", remedy=remedy)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = _beside(target, "partial")
     beside.mkdir(parents=True)
     try:
         yield beside
         _swap(beside, target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        recover(target)
+
+
+def recover(target: Path) -> None:
+    """Removes what this process and ones that are no more have left beside a folder.
+
+    Where one ended after it had moved the old folder away and before the new one stood there, the old one comes back.
+    """
+    target = target.resolve()
+    name = re.compile(rf"\.{re.escape(target.name)}\.(?P<process>[0-9]+)\.(?P<kind>partial|old)(\..*)?")
+    for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
+        if (found := name.fullmatch(path.name)) and not _runs_elsewhere(int(found["process"])):
+            if found["kind"] == "old" and not target.exists():
+                path.replace(target)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs_elsewhere(process: int) -> bool:
+    """Whether another process of this number runs."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
 
 
 def _is_empty(target: Path) -> bool:
     return target.is_dir() and not any(target.iterdir())
 
 
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
+
+
 def _swap(beside: Path, target: Path) -> None:
+    """The old folder is moved away only once the new one is on disk; `recover` removes it, or brings it back."""
     for path in sorted(beside.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
-        target.replace(old)
+        target.replace(_beside(target, "old"))
     beside.replace(target)
-    shutil.rmtree(old, ignore_errors=True)

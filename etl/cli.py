@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from etl.faults import exit_on_fault
+from etl.faults import exit_on_fault, exit_on_termination
+from etl.progress import Progress
 from etl.synth.options import Options
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def run(
     With --extend the experiment names new training files: new values get new rows, no older row moves.
     """
     gc.set_threshold(100_000)  # a large job makes few cycles; looking for them took a tenth of its time
-    with exit_on_fault():
+    with exit_on_fault(), exit_on_termination():
+        from etl.artifact import recover
         from etl.experiment_file import load_feature_spec
         from etl.extend import added_rows, read_parent
         from etl.run import run as run_etl
@@ -55,12 +57,14 @@ def run(
         overrides = [*(set_ or []), *([f"etl.engine={engine}"] if engine else [])]
         name, spec = load_feature_spec(experiment, overrides=overrides)
         folder = out or Path("out") / name / "data"
+        for place in (folder, extend or folder):
+            recover(place)
         parent = read_parent(spec, extend, refit_numbers=refit_numbers)
         if up_to_date(spec, folder, parent=parent):
             print(f"{folder}: up to date")
             return
         on_polars = spec.etl.engine == "polars" and spec.etl.device == "cpu"
-        with _Progress() as report, _without("pandas", "scipy", "yaml") if on_polars else contextlib.nullcontext():
+        with Progress() as report, _without("pandas", "scipy", "yaml") if on_polars else contextlib.nullcontext():
             manifest = run_etl(spec, folder, report=report, parent=parent)
         rows = ", ".join(f"{split} {s['rows']:,}" for split, s in manifest["splits"].items())
         print("\n".join([f"{folder}: {rows} rows", *added_rows(manifest)]))
@@ -119,13 +123,13 @@ def _print_tables(found: dict[str, Any]) -> None:
 
     splits = [{"split": name, "rows": part["rows"]} | part["label_rate"] for name, part in found["splits"].items()]
     ids = [{key: f[key] for key in ("name", "rows", "missing", "unseen", "psi")} for f in found["features"]]
-    dense = [{key: f[key] for key in ("name", "mean", "std", "min", "max", "psi")} for f in found["dense"]]
+    dense = [{key: f[key] for key in ("name", "missing", "mean", "std", "min", "max", "psi")} for f in found["dense"]]
     console = Console()
     console.print(_table("splits", splits))
     console.print(
         _table("id features: table rows, shares of missing and unseen values, drift from training (PSI)", ids)
     )
-    console.print(_table("dense features after scaling, drift from training (PSI)", dense))
+    console.print(_table("dense features after scaling: shares of missing values, drift from training (PSI)", dense))
 
 
 def _with_options(record: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -159,43 +163,16 @@ def _synth(
 
     OUT gets day_0, day_1, ... in the order of time, truth/ with the probabilities of each row, and truth.json.
     """
-    with exit_on_fault():
+    with exit_on_fault(), exit_on_termination():
         from etl.synth.write import synth
 
-        with _Progress() as report:
+        with Progress() as report:
+            report("write", 0, total=options["rows"])
             found = synth(out, Options(**options), report=partial(report, total=options["rows"]))
         print(f"{out}: {found['rows']:,} rows, seed {found['seed']}")
         for task, auc in found["auc"].items():
             reached = "undefined, all labels are equal" if auc is None else f"{auc:.4f}"
             print(f"{task}: rate {found[f'{task}_rate']:.4f}, AUC of the true probabilities {reached}")
-
-
-class _Progress:
-    """One line a stage with rows, rows/s, and the time left where all rows are known.
-
-    On a terminal it moves, elsewhere nothing is printed until the end.
-    """
-
-    def __enter__(self) -> "_Progress":
-        from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:,} rows"))
-        rate, left = TextColumn("{task.fields[rate]:,.0f} rows/s"), TextColumn("left")
-        times = (TimeElapsedColumn(), TimeRemainingColumn(), left)
-        self._bar = Progress(*columns, rate, *times, console=Console(stderr=True), transient=True)
-        self._stages: dict[str, Any] = {}
-        self._bar.start()
-        return self
-
-    def __call__(self, stage: str, rows: int, *, total: int | None = None) -> None:
-        if stage not in self._stages:
-            self._stages[stage] = self._bar.add_task(stage, total=total, rate=0.0)
-        task = self._bar.tasks[self._stages[stage]]
-        self._bar.update(task.id, completed=rows, rate=rows / max(task.elapsed or 0.0, 1e-3))
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> "Table":

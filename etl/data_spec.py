@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from etl.section import Name, Section
 
 TEXT_TABLES = ("csv", "tsv")
+OWN_COLUMNS = ("label:", "group:", "day:", "split:", "row:", "history:", "negatives:", "position:")
+"""How the names begin of columns that are made beside those of the files."""
 
 
 class Split(Section):
@@ -26,6 +28,9 @@ class Split(Section):
     valid_from: int | str | None = Field(None, description="time: rows at or after go to validation, instead of shares")
     test_from: int | str | None = Field(None, description="time: rows at or after go to the test, instead of shares")
     seed: int = Field(0, ge=0, description="row and group: the split depends on it and on the position or group alone")
+    unit: Literal["s", "ms"] | None = Field(
+        None, description="time and last: of whole numbers, counted from 1970 on; rates of labels are then told by day"
+    )
 
     @property
     def bounded(self) -> bool:
@@ -38,6 +43,8 @@ class Split(Section):
             raise ValueError("'column' goes with by = 'group', 'time' or 'last', which need it")
         if (self.by == "last") != (self.time is not None):
             raise ValueError("'time' goes with by = 'last', which needs it")
+        if self.unit is not None and self.by not in ("time", "last"):
+            raise ValueError("'unit' goes with by = 'time' or 'last'")
         if self.bounded and (self.by != "time" or self.test_fraction is not None):
             raise ValueError("'valid_from' and 'test_from' go with by = 'time', without 'test_fraction'")
         if self.by == "last" and self.test_fraction is not None:
@@ -111,12 +118,13 @@ class Data(Section):
     test: list[str] = Field([], description="test files; empty: [data.split] divides the training files")
     columns: list[str] = Field([], description="csv and tsv: column names of files without a header line")
     group: str | None = Field(None, description="a whole-number or text column, such as the user, for AUC by group")
-    weight: str | None = Field(
-        None, description="a column of numbers from 0 on: how often a row counts"
-    )
+    weight: str | None = Field(None, description="a column of numbers from 0 on: how often a row counts")
     null_values: list[str] = Field([""], description="texts that mean missing, compared after trimming")
     comment: str | None = Field(None, min_length=1, description="lines that start with this text are skipped")
     trim: bool = Field(True, description="remove spaces around each value")
+    quote: str | None = Field(
+        None, max_length=1, description="what encloses values, '' for nothing; default: '\"' in csv, nothing in tsv"
+    )
     split: Split = Field(default_factory=Split)
     histories: list[History] = Field([], description="lists of a user's earlier events, which sequences read")
     negatives: Negatives | None = Field(None, description="drawn rows for files that hold positives alone")
@@ -125,6 +133,12 @@ class Data(Section):
     def divided(self) -> list[str]:
         """The splits that come from the training files."""
         return [name for name, given in (("valid", self.valid), ("test", self.test)) if not given]
+
+    @property
+    def quotes(self) -> str | None:
+        """What encloses a value that holds the delimiter; None where nothing does, and each line is a row."""
+        default = '"' if self.format == "csv" else ""
+        return (default if self.quote is None else self.quote) or None
 
     @property
     def history_sources(self) -> dict[str, str]:
@@ -143,6 +157,8 @@ class Data(Section):
             raise ValueError("split.valid_from goes with split.test_from and without 'valid' files")
         if self.columns and self.format not in TEXT_TABLES:
             raise ValueError(f"'columns' belongs to csv and tsv, not to {self.format}")
+        if self.quote is not None and self.format not in TEXT_TABLES:
+            raise ValueError(f"'quote' belongs to csv and tsv, not to {self.format}")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError("'columns' names a column twice")
         return self
@@ -150,6 +166,8 @@ class Data(Section):
     def check(self, raw: Mapping[str, str], *, tasks: list[str]) -> None:
         """Raises ValueError where histories and negatives do not fit the columns that features read."""
         sources, negatives = self.history_sources, self.negatives
+        if own := [name for name in (*raw, *sources.values()) if name.startswith(OWN_COLUMNS)]:
+            raise ValueError(f"no column '{own[0]}', the name of one that the ETL makes: rename it")
         if len(sources) < sum(len(history.columns) for history in self.histories):
             raise ValueError("two histories make a list column of one name")
         for name, source in sources.items():

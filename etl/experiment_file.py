@@ -9,10 +9,18 @@ from pydantic import BaseModel, ValidationError
 
 from etl.artifact import Json
 from etl.faults import Fault, Faults
+from etl.globs import expand_globs, has_globs
+from etl.section import Name
 from etl.spec import FeatureSpec
 
 T = TypeVar("T", bound=BaseModel)
 SECTIONS = ("name", "seed", "data", "features", "tasks", "etl", "model", "train", "embedding", "export", "serve")
+
+
+class _Named(FeatureSpec):
+    """What concerns the ETL, under a name that can be a folder's."""
+
+    name: Name
 
 
 def load(path: Path, *, overrides: Sequence[str], into: type[T]) -> T:
@@ -28,12 +36,13 @@ def load(path: Path, *, overrides: Sequence[str], into: type[T]) -> T:
 def load_feature_spec(path: Path, *, overrides: Sequence[str]) -> tuple[str, FeatureSpec]:
     """The experiment's name and what concerns the ETL; other known sections are left to their owners."""
     raw = read(path, overrides=overrides)
-    mine = {key: value for key, value in raw.items() if key in FeatureSpec.model_fields or key not in SECTIONS}
-    return str(raw.get("name", path.stem)), parse(mine, place=str(path), into=FeatureSpec)
+    mine = {key: value for key, value in raw.items() if key in _Named.model_fields or key not in SECTIONS}
+    named = parse(mine, place=str(path), into=_Named)
+    return named.name, FeatureSpec(data=named.data, features=named.features, tasks=named.tasks, etl=named.etl)
 
 
 def read(path: Path, *, overrides: Sequence[str]) -> Json:
-    """The parsed TOML with the overrides applied; `name` defaults to the file's own."""
+    """The parsed TOML with the overrides applied and globs expanded; `name` defaults to the file's own."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -43,7 +52,7 @@ def read(path: Path, *, overrides: Sequence[str]) -> Json:
     raw.setdefault("name", path.stem)
     for override in overrides:
         _override(raw, override)
-    return raw
+    return expand_globs(raw, place=str(path)) if has_globs(raw) else raw
 
 
 def parse(raw: Json, *, place: str, into: type[T]) -> T:

@@ -5,13 +5,15 @@ manifest says which training files its transform has seen, its own and those of 
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from etl.artifact import Json, digest, read_json, sha256
 from etl.faults import Fault, Faults
-from etl.formats import files
+from etl.formats import files, holds_rows
 from etl.schema import Table, read_schema
 from etl.spec import FeatureSpec, resolve
 
@@ -47,7 +49,7 @@ def read_parent(spec: FeatureSpec, folder: Path | None, *, refit_numbers: bool) 
         return None
     path, remedy = folder / "manifest.json", "name a folder that `etl run` made"
     made = read_json(path, remedy=remedy)
-    if "seen" not in made:
+    if "counted" not in made:
         wanted = "a record of the features and of the training files"
         raise Fault(str(path), got="none: an older version made it", wanted=wanted, remedy="run the ETL again")
     _refuse_other(made["sections"], _sections(spec), place=str(path))
@@ -56,8 +58,8 @@ def read_parent(spec: FeatureSpec, folder: Path | None, *, refit_numbers: bool) 
         folder,
         hash=sha256(path),
         steps={step["name"]: step for step in [*state["features"], *state["dense"]]},
-        seen=tuple(made["seen"]),
-        new_rows=_are_new(_training(spec), made["seen"], place=f"data.train, to extend {folder}"),
+        seen=tuple(made["counted"]),
+        new_rows=_are_new(_training(spec), made["counted"], place=f"data.train, to extend {folder}"),
         refit_numbers=refit_numbers,
     )
 
@@ -69,13 +71,13 @@ def record(spec: FeatureSpec, parent: Parent | None, *, tables: Sequence[Table])
     """
     own = _training(spec)
     if parent is None:
-        return {"sections": _sections(spec), "seen": [own]}
+        return {"sections": _sections(spec), "counted": [own]}
     old = read_schema(parent.folder)
     grows = {table for table, users in spec.shared_tables().items() if not users[0].hash_rows}
     added = {table.name: {"from": old.rows(table.name), "to": table.rows} for table in tables if table.name in grows}
     extended = {"parent": parent.hash, "refit_numbers": parent.refit_numbers, "tables": added}
     seen = [*parent.seen, *([own] if parent.new_rows else [])]
-    return {"sections": _sections(spec), "seen": seen, "extended": extended}
+    return {"sections": _sections(spec), "counted": seen, "extended": extended}
 
 
 def extends(made: Json, parent: Parent | None, *, folder: Path) -> bool:
@@ -133,24 +135,35 @@ def _said(settings: Json, key: str) -> str:
 
 
 def _training(spec: FeatureSpec) -> Json:
-    """The training files, each with its bytes and time of change, and a digest of what else decides their rows."""
-    paths = files(spec.data.train, what="train")
-    stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    """The training files that hold rows, each with the digest of its bytes, and one of what else decides the rows."""
+    paths = [path for path in files(spec.data.train, what="train") if holds_rows(spec.data, path)]
+    with ThreadPoolExecutor() as pool:
+        places = [path.resolve() for path in paths]
+        digests = list(pool.map(_content, places, [path.stat().st_mtime_ns for path in places]))
     rules: dict[str, Any] = spec.data.model_dump(mode="json", exclude={"train"})
-    return {"files": stats, "rules": digest(rules | {split: bool(rules[split]) for split in ("valid", "test")})}
+    return {
+        "files": [list(pair) for pair in zip(map(str, paths), digests, strict=True)],
+        "rules": digest(rules | {split: bool(rules[split]) for split in ("valid", "test")}),
+    }
+
+
+@cache
+def _content(path: Path, _changed: int) -> str:
+    """The digest of a file that was changed at this time: large files are read once a job."""
+    return sha256(path)
 
 
 def _are_new(own: Json, seen: Sequence[Json], *, place: str) -> bool:
     """Whether no training file has been seen; false where the very same rows have been.
 
-    A file is known by its name, bytes and time of change. Some files of several, or the same ones with another split,
-    are neither: rows would count twice.
+    A file is known by its bytes, whatever its name and time of change. Some files of several, or the same ones with
+    another split, are neither: rows would count twice.
     """
-    ids = [_identities(one) for one in seen]
-    if (_identities(own), own["rules"]) in [(files, one["rules"]) for files, one in zip(ids, seen, strict=True)]:
+    ids = [_digests(one) for one in seen]
+    if (_digests(own), own["rules"]) in [(files, one["rules"]) for files, one in zip(ids, seen, strict=True)]:
         return False
     known = {file for files in ids for file in files}
-    again = [file[0] for file in own["files"] if _identity(file) in known]
+    again = [path for path, content in own["files"] if content in known]
     if not again:
         return True
     got = f"{', '.join(again)}, whose rows it has counted, but not in this company or with this [data] section"
@@ -160,10 +173,5 @@ def _are_new(own: Json, seen: Sequence[Json], *, place: str) -> bool:
     )
 
 
-def _identities(training: Json) -> list[tuple[str, int, int]]:
-    return [_identity(file) for file in training["files"]]
-
-
-def _identity(file: Sequence[Any]) -> tuple[str, int, int]:
-    path, size, changed = file
-    return Path(path).name, size, changed
+def _digests(training: Json) -> list[str]:
+    return [content for _, content in training["files"]]

@@ -1,6 +1,7 @@
 """The user's faults: what every command reports in the same four words and exits with code 2."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -23,9 +24,33 @@ class Faults(Exception):
 
 @contextlib.contextmanager
 def exit_on_fault() -> Iterator[None]:
-    """Ends a command with the faults on stderr and exit code 2, without a traceback."""
+    """Ends a command with the faults on stderr and exit code 2, without a traceback; what the system refuses is one."""
     try:
         yield
-    except (Fault, Faults) as faults:
-        sys.stderr.write(f"{faults}\n")
+    except BrokenPipeError:
+        raise  # the reader of the output has gone, nobody waits for a sentence
+    except (Fault, Faults, OSError) as faults:
+        said = _of_system(faults) if isinstance(faults, OSError) else faults
+        sys.stderr.write(f"{said}\n")
         raise SystemExit(2) from None
+
+
+def _of_system(error: OSError) -> Fault:
+    places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    remedy = "check the path, its permissions, and the space on the disk"
+    got, wanted = error.strerror or str(error), "a place that can be read and written"
+    return Fault(" to ".join(places) or "the system", got=got, wanted=wanted, remedy=remedy)
+
+
+@contextlib.contextmanager
+def exit_on_termination() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does: what it has begun to write is removed."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

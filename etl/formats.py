@@ -6,16 +6,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from etl.data_spec import Data
+from etl.data_spec import TEXT_TABLES, Data
 from etl.faults import Fault
 from etl.libsvm import libsvm_batches
 
 _BLOCK_BYTES = 4 << 20  # the reader holds up to 32 blocks that wait
+_SAMPLED_FILES = 4
 
 
 def files(patterns: Sequence[str], *, what: str) -> list[Path]:
@@ -34,13 +36,51 @@ def files(patterns: Sequence[str], *, what: str) -> list[Path]:
 
 
 def row_total(data: Data, paths: Sequence[Path]) -> int | None:
-    """Rows of the files, where the format says so. Files that can't be read are left to `raw_batches`."""
-    if data.format != "parquet":
-        return None
+    """Rows of the files; of text about as many, as its first files have lines a byte on disk. Files that can't be read
+    are left to `raw_batches`."""
     try:
-        return sum(int(pq.read_metadata(path).num_rows) for path in paths)
+        if data.format == "parquet":
+            return sum(int(pq.read_metadata(path).num_rows) for path in paths)
+        lines, size = np.sum([(0, 1), *map(_first_lines, paths[:_SAMPLED_FILES])], axis=0)
+        return round(float(lines / size) * sum(path.stat().st_size for path in paths))
     except (pa.ArrowException, OSError):
         return None
+
+
+def holds_rows(data: Data, path: Path) -> bool:
+    """Whether a file holds a row; one that can't be read is left to `raw_batches`."""
+    try:
+        if data.format == "parquet":
+            return bool(pq.read_metadata(path).num_rows)
+        has_header = data.format in TEXT_TABLES and not data.columns
+        return len(_leading(data, path)[1]) > has_header
+    except (pa.ArrowException, OSError):
+        return True
+
+
+def _first_lines(path: Path) -> tuple[int, int]:
+    """Lines of the first MBs, and the bytes on disk that were read for them."""
+    packed = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with pa.OSFile(str(path)) as file:
+        stream = pa.CompressedInputStream(file, packed) if packed else file
+        return stream.read(_BLOCK_BYTES).count(b"\n"), file.tell()
+
+
+def column_names(data: Data, path: Path) -> list[str]:
+    """The columns of a file, in its order; of libffm those that do not depend on its lines.
+
+    Raises:
+        Fault: an unreadable file, or one without a header line.
+    """
+    try:
+        if data.format == "parquet":
+            return list(pq.read_schema(path).names)
+        if data.format not in TEXT_TABLES:
+            return ["label", "ids", "values"] if data.format == "libsvm" else ["label"]
+        return data.columns or _header(data, _leading(data, path)[1])
+    except (pa.ArrowException, OSError, IndexError, csv.Error) as e:
+        wanted, remedy = f"a readable {data.format} file with named columns", "check the file, and [data] columns"
+        raise Fault(str(path), got=str(e).strip() or "no header", wanted=wanted, remedy=remedy) from None
 
 
 def raw_batches(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
@@ -72,20 +112,19 @@ def _check_columns(present: list[str], names: list[str]) -> None:
 
 
 def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
-    def invalid(row: pa_csv.InvalidRow) -> str:
-        return "skip" if data.comment and row.text.startswith(data.comment) else "error"
-
-    delimiter = "\t" if data.format == "tsv" else ","
     skipped, head = _leading(data, path)
-    if not data.columns and head:
-        _check_columns(next(csv.reader(head, delimiter=delimiter)), names)
+    columns = data.columns
+    if not columns and head:
+        columns = _header(data, head)
+        skipped += 1
+        _check_columns(columns, names)
     if len(head) == (0 if data.columns else 1):
         return  # a day without traffic
-    with pa.input_stream(str(path), compression="detect") as stream:
+    with _uncommented(data, path) as stream:
         reader = pa_csv.open_csv(
             stream,
-            pa_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=data.columns or None, skip_rows=skipped),
-            pa_csv.ParseOptions(delimiter=delimiter, invalid_row_handler=invalid),
+            pa_csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=columns or None, skip_rows=skipped),
+            pa_csv.ParseOptions(delimiter=_delimiter(data), quote_char=data.quotes or False),
             pa_csv.ConvertOptions(
                 column_types={name: pa.large_string() for name in names},
                 include_columns=names,
@@ -96,21 +135,63 @@ def _csv(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch
             yield _clean(data, batch)
 
 
+def _delimiter(data: Data) -> str:
+    return "\t" if data.format == "tsv" else ","
+
+
+def _header(data: Data, lines: list[str]) -> list[str]:
+    """The names in the first of the lines, trimmed as values are."""
+    if data.quotes is None:
+        names = lines[0].split(_delimiter(data))
+    else:
+        names = next(csv.reader([lines[0]], delimiter=_delimiter(data), quotechar=data.quotes))
+    return [name.strip() for name in names] if data.trim else names
+
+
+def _uncommented(data: Data, path: Path) -> pa.NativeFile:
+    """The bytes of a text file without its comment lines, however many fields these seem to have."""
+    stream = pa.input_stream(str(path), compression="detect")
+    return pa.TransformInputStream(stream, _Uncommented(data.comment.encode())) if data.comment else stream
+
+
+class _Uncommented:
+    """Whole lines of the blocks so far that are no comments; an empty block ends the file."""
+
+    def __init__(self, comment: bytes) -> None:
+        self._comment, self._rest = comment, b""
+
+    def __call__(self, block: pa.Buffer) -> bytes:
+        whole, newline, rest = (self._rest + bytes(block)).rpartition(b"\n")
+        lines, self._rest = (whole + newline, rest) if block else (self._rest, b"")
+        if not lines.startswith(self._comment) and b"\n" + self._comment not in lines:
+            return lines
+        return b"".join(line for line in lines.splitlines(keepends=True) if not line.startswith(self._comment))
+
+
 def _leading(data: Data, path: Path) -> tuple[int, list[str]]:
-    """Comment lines before the first row, which the reader would take for the header or for the row's width; and up to
-    two lines after them, the first of which is the header where files have one."""
-    with pa.input_stream(str(path), compression="detect") as stream:
+    """Lines before the first row, which the reader would take for the header or for the row's width; and up to two
+    lines after them, the first of which is the header where files have one."""
+    with _uncommented(data, path) as stream:
         lines = stream.read(1 << 20).splitlines()
-    comment = data.comment.encode() if data.comment else None
-    count = next((at for at, line in enumerate(lines) if not comment or not line.startswith(comment)), len(lines))
+    count = next((at for at, line in enumerate(lines) if line.strip()), len(lines))
     head = [line.decode("utf-8-sig", errors="replace") for line in lines[count:] if line.strip()]
     return count, head[:2]
 
 
 def _clean(data: Data, batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = zip(batch.schema.names, batch.columns, strict=True)
+    return pa.record_batch({name: _cleaned(data, column) for name, column in columns})
+
+
+def _cleaned(data: Data, texts: pa.Array) -> pa.Array:
+    text = pc.utf8_trim_whitespace(texts) if data.trim else texts
     nulls = pa.array(data.null_values, pa.large_string())
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        text = pc.utf8_trim_whitespace(column) if data.trim else column
-        columns[name] = pc.if_else(pc.is_in(text, nulls), pa.scalar(None, pa.large_string()), text)
-    return pa.record_batch(columns)
+    return pc.if_else(pc.is_in(text, nulls), pa.scalar(None, pa.large_string()), text)
+
+
+def split_texts(data: Data, column: pa.Array, *, separator: str | None) -> pa.Array:
+    """Texts with several values -> lists of them, cleaned as texts of one value are; other columns as they are."""
+    if separator is None or not pa.types.is_large_string(column.type):
+        return column
+    lists = pc.split_pattern(column, separator)
+    return pa.ListArray.from_arrays(lists.offsets, _cleaned(data, lists.values), mask=lists.is_null())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
-from etl.artifact import Json, read_json
+from etl.artifact import Json, lost_files, read_json
+from etl.faults import Fault
 from etl.profile import id_figures, label_slices, number_figures, row_counts
 from etl.schema import IdFeature, Schema, read_schema
 
@@ -14,13 +15,17 @@ from etl.schema import IdFeature, Schema, read_schema
 def inspect(folder: Path) -> Json:
     """Rows and label rates by split, by day or raw file, and along each split; figures of id and of dense features.
 
-    `missing` and `unseen` are shares of a feature's values: of its rows, or of all ids in a list feature. Drift is the
+    `missing` and `unseen` are shares of a feature's values: of its rows, or of all ids in a list feature; of a dense
+    feature `missing` is the share of rows that are filled, or of an encoding lack one of its values. Drift is the
     population stability index between training and a split; see `etl.profile`.
 
     Raises:
-        Fault: no complete dataset folder stands there.
+        Fault: no complete dataset folder stands there, or one that has lost files.
     """
     manifest = read_json(folder / "manifest.json", remedy="make the folder with `python -m etl run`")
+    if lost := lost_files(folder, manifest["files"]):
+        got, wanted = f"{len(lost)} of its files lost or cut, such as {lost[0]}", "the files of its manifest"
+        raise Fault(str(folder), got=got, wanted=wanted, remedy="make the folder anew with `python -m etl run`")
     schema = read_schema(folder)
     steps = read_json(folder / "transform" / "transform.json", remedy="make the folder with `python -m etl run`")
     boundaries = {step["name"]: step["boundaries"] for step in steps["features"] if step["kind"] == "buckets"}
@@ -38,7 +43,18 @@ def inspect(folder: Path) -> Json:
             _id_feature(folder, feature, schema=schema, splits=splits, boundaries=boundaries.get(feature.name))
             for feature in schema.features
         ],
-        "dense": number_figures(folder, schema.dense_names, rows=rows),
+        "dense": [
+            {"name": figures["name"], "missing": _dense_missing(figures["name"], splits)} | figures
+            for figures in number_figures(folder, schema.dense_names, rows=rows)
+        ],
+    }
+
+
+def _dense_missing(name: str, splits: Json) -> dict[str, float | None]:
+    """The shares of filled rows; None for a folder that an older program made."""
+    return {
+        split: counted["dense"][name]["missing"] / counted["rows"] if "dense" in counted else None
+        for split, counted in splits.items()
     }
 
 

@@ -137,7 +137,9 @@ def _numbers(found: Json) -> str:
         split_moments = dense["by_split"].items()
         moments = " · ".join(f"{split} {round(of['mean'], 6):.3g} ± {of['std']:.3g}" for split, of in split_moments)
         ends = f"training from {dense['min']:.4g} to {dense['max']:.4g}"
-        caption = f"Drift {_drifts(dense['psi'], joined=', ')}. Mean ± deviation: {moments}; {ends}."
+        missing = ", ".join(f"{split} {share:.1%}" for split, share in dense["missing"].items() if share is not None)
+        missing = f" Missing: {missing}." if missing else ""
+        caption = f"Drift {_drifts(dense['psi'], joined=', ')}. Mean ± deviation: {moments}; {ends}.{missing}"
         figures.append(_figure(dense["name"], _histogram(dense["histogram"]), caption=caption))
     return _section("Dense features", f'<p class="note">{note}</p>', _key(), _grid(figures))
 

@@ -17,7 +17,9 @@ class Numeric(IdSection):
     type: Literal["numeric"]
     name: Name | None = Field(None, description="defaults to the column's name")
     column: str | None = Field(None, description="the raw column; defaults to the name")
-    columns: list[ColumnNames] = Field([], description="several columns or ranges (I1..I13), each a feature of its own")
+    columns: list[ColumnNames] = Field(
+        [], description="several columns, ranges (I1..I13) or globs (I*), each a feature of its own"
+    )
     as_: Literal["dense", "field", "buckets"] = Field("dense", alias="as")
     fill: float | Literal["mean", "median"] = Field(
         "mean", description="dense and field: value of a missing number, or the mean or median of the training rows"

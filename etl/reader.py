@@ -10,16 +10,15 @@ import pyarrow.compute as pc
 
 from etl.data_spec import History
 from etl.faults import Fault
-from etl.formats import raw_batches
+from etl.formats import raw_batches, split_texts
 from etl.pack import ARROW, inner_type, text_keys, typed_column, without_nan
 from etl.schema import GROUP, WEIGHT
 from etl.spec import Bag, FeatureSpec, Task, column_of, resolve
 from etl.threads import in_order
-from etl.times import WHOLE, clock
+from etl.times import WHOLE, clock, days_of
 from etl.transform import RESERVED_KEYS, Int64s
 
 SPLIT, USER, DAY = "split:", "negatives:user", "day:"
-_DAY_NS = 86_400 * 10**9
 
 _Placed = tuple[int, str, pa.RecordBatch]
 """The place of a file among others, the place of a batch in words, and the batch as it is read."""
@@ -76,8 +75,15 @@ class Reader:
 
     @property
     def by_day(self) -> bool:
-        """Whether rows are told apart by day: where the split has a column of times or dates. By file otherwise."""
-        return self._day is not None and self._clocks.get(self._day, WHOLE) != WHOLE
+        """Whether rows are told apart by day: where the split has a column of times or dates, or of whole numbers with
+        a unit. By file otherwise."""
+        return self._unit is not None
+
+    @property
+    def _unit(self) -> str | None:
+        """Of the times by which rows are divided; None where nothing says a day."""
+        whole = self._day is None or self._clocks.get(self._day, WHOLE) == WHOLE
+        return (self._spec.data.split.unit if self._day else None) if whole else "ns"
 
     def times(self, paths: Sequence[Path], name: str) -> Iterator[Int64s]:
         """One column as times, batch by batch. Raises Fault as `batches`."""
@@ -129,10 +135,10 @@ class Reader:
         return by.get(data.split.by) if data.divided else None
 
     def _features(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
-        columns = {
-            name: _typed(_split(batch[name], self._separators.get(name)), name=name, dtype=dtype, place=place)
-            for name, dtype in self._file_columns.items()
-        }
+        columns = {}
+        for name, dtype in self._file_columns.items():
+            column = split_texts(self._spec.data, batch[name], separator=self._separators.get(name))
+            columns[name] = _typed(column, name=name, dtype=dtype, place=place)
         for bag in self._bags:
             _check_bag(bag, columns, place=place)
         return columns
@@ -146,7 +152,7 @@ class Reader:
         days = np.full(batch.num_rows, file, np.int32)
         if self._day:
             times = self._times(batch[self._day], name=self._day, place=place)
-            days = (times // _DAY_NS).astype(np.int32) if self.by_day else days
+            days = days_of(times, unit=self._unit, place=f"{place}, column '{self._day}'") if self._unit else days
         return columns | {DAY: pa.array(days)}
 
     def _extras(self, batch: pa.RecordBatch, place: str) -> dict[str, pa.Array]:
@@ -224,13 +230,6 @@ def _events(batch: pa.RecordBatch, history: History, *, place: str) -> pa.Array:
         held = pc.equal(column.cast(pa.large_string()), text).fill_null(False)
         event &= held.to_numpy(zero_copy_only=False)
     return pa.array(event)
-
-
-def _split(column: pa.Array, separator: str | None) -> pa.Array:
-    """Text with several values -> lists; a column that holds lists stays as it is."""
-    if separator is None or not pa.types.is_large_string(column.type):
-        return column
-    return pc.split_pattern(column, separator)
 
 
 def _check_bag(bag: Bag, columns: Mapping[str, pa.Array], *, place: str) -> None:

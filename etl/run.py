@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from polars.exceptions import PolarsError
 
-from etl.artifact import Json, new_folder, read_json, sha256, write_json
+from etl.artifact import Json, lost_files, new_folder, read_json, sha256, write_json
 from etl.engines import Encode, Engine, Fitted, open_engine
 from etl.extend import Parent, extends, record
 from etl.faults import Fault
 from etl.folds import OutOfFold
 from etl.formats import files
+from etl.nulls import DenseNulls
 from etl.schema import GROUP, WEIGHT, DenseFeature, Schema, TaskColumn
 from etl.spec import Etl, FeatureSpec, Task
 from etl.splits import SPLITS
@@ -47,10 +48,8 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         Thread(target=import_module, args=("etl.engines.compiled",)).start()  # it loads while labels are read
         (raw := folder / "raw").mkdir()
         typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
-        train_rows = typed["train"].labels.rows
-        report("fit train", 0, total=train_rows)
-        state, features, tables = _fit(spec, typed["train"], engine=engine, folder=folder, parent=parent)
-        report("fit train", train_rows, total=train_rows)
+        fitted = _fit(spec, typed["train"], engine=engine, folder=folder, parent=parent, report=report)
+        state, features, tables = fitted
         write_json(folder / "transform" / "transform.json", state)
         schema = Schema(
             features=tuple(features),
@@ -75,10 +74,18 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     return manifest
 
 
-def _fit(spec: FeatureSpec, train: Typed, *, engine: Engine, folder: Path, parent: Parent | None) -> Fitted:
+def _fit(
+    spec: FeatureSpec, train: Typed, *, engine: Engine, folder: Path, parent: Parent | None, report: Report
+) -> Fitted:
     """Fits the transform. Of rows that can't be fitted, a fault of the rows themselves comes first."""
+    rows = train.labels.rows
+
+    def progress(share: float) -> None:
+        report("fit train", round(share * rows), total=rows)
+
+    progress(0.0)
     try:
-        return engine.fit(spec, train, transform=folder / "transform", parent=parent)
+        return engine.fit(spec, train, transform=folder / "transform", parent=parent, progress=progress)
     except (Fault, PolarsError, pa.ArrowException, OSError):
         for _ in train.batches():
             pass
@@ -99,13 +106,13 @@ def _task(task: Task, *, rate: float) -> TaskColumn:
 
 
 def up_to_date(spec: FeatureSpec, out: Path, *, parent: Parent | None = None) -> bool:
-    """Whether the folder was made from these sections, from the raw files as they are now and from this parent."""
+    """Whether the folder is whole, made from these sections, from the raw files as they are now and this parent."""
     manifest = out / "manifest.json"
     if not manifest.is_file():
         return False
     made = read_json(manifest, remedy="delete the folder and run the ETL again")
     same = made["hash"] == spec.data_hash() and made["raw"] == _raw_files(spec)
-    return bool(same and extends(made, parent, folder=out))
+    return bool(same and extends(made, parent, folder=out) and not lost_files(out, made["files"]))
 
 
 def _raw_files(spec: FeatureSpec) -> dict[str, list[int]]:
@@ -158,14 +165,17 @@ def _encode(
         whole = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
         return encoded, pa.table(columns, schema=whole)
 
-    for encoded, table in in_order(encoded_rows, ahead(_numbered(rows.batches()))):
+    nulls = DenseNulls(spec)
+    report(f"encode {split}", 0, total=rows.labels.rows)
+    for encoded, table in in_order(encoded_rows, ahead(_numbered(nulls.counted(rows.batches())))):
         missing += encoded.missing
         unseen += encoded.unseen
         shards.write(table)
         report(f"encode {split}", shards.rows, total=rows.labels.rows)
     shards.close()
     counts = zip(names, missing.tolist(), unseen.tolist(), strict=True)
-    return {"rows": shards.rows, "features": {name: {"missing": m, "unseen": u} for name, m, u in counts}}
+    features = {name: {"missing": m, "unseen": u} for name, m, u in counts}
+    return {"rows": shards.rows, "features": features, "dense": nulls.as_json()}
 
 
 def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:

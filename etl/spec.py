@@ -41,7 +41,9 @@ class Categorical(_Looked):
     """A string or integer id looked up in a vocabulary fitted on the training rows, or hashed."""
 
     type: Literal["categorical"]
-    columns: list[ColumnNames] = Field([], description="several columns or ranges (C1..C26), each a feature of its own")
+    columns: list[ColumnNames] = Field(
+        [], description="several columns, ranges (C1..C26) or globs (C*), each a feature of its own"
+    )
 
 
 class _Listed(_Looked):
@@ -150,7 +152,9 @@ class FeatureSpec(Section):
             elif isinstance(feature, Cross) and (unknown := sorted(set(feature.inputs) - ids)):
                 wanted = "categorical or bucket features that are listed before it"
                 raise ValueError(f"cross '{feature.name}': inputs must be {wanted}, not {unknown}")
-        self.data.check(self.raw_columns(), tasks=[task.name for task in self.tasks])
+        if leaks := set(raw := self.raw_columns()) & {task.label for task in self.tasks}:
+            raise ValueError(f"no feature that reads the column '{min(leaks)}', which is a label")
+        self.data.check(raw, tasks=[task.name for task in self.tasks])
         self.file_columns()
         self.shared_tables()
         self.slots()
@@ -190,9 +194,6 @@ class FeatureSpec(Section):
                 found.append(feature.model_copy(update={"task": named}))
             elif isinstance(feature, Count):
                 found.append(feature)
-        labels = {task.label for task in self.tasks}
-        if leaks := [f"'{f.name}' by '{c}'" for f in found for c in f.by if c in labels]:
-            raise ValueError(f"encoding {leaks[0]}: that is a label")
         return found
 
     def _uses(self) -> Iterator[tuple[str, DType]]:

@@ -57,6 +57,7 @@ def _read(spec: FeatureSpec, staged: list[Path], *, reader: Reader, report: Repo
     writers = [_Writer(path, split=split) for path, split in zip(staged, SPLITS, strict=True)]
     for at, split in enumerate(SPLITS):
         first, total = row, row_total(data, paths[split])
+        report(f"read {split}", 0, total=total)
         for batch in reader.batches(paths[split]):
             parts = divide(batch, row) if split == "train" else np.full(batch.num_rows, at, np.int8)
             if data.histories or data.negatives:
@@ -69,6 +70,7 @@ def _read(spec: FeatureSpec, staged: list[Path], *, reader: Reader, report: Repo
                     writer.write(batch if mine.all() else batch.filter(pa.array(mine)))
             row += batch.num_rows
             report(f"read {split}", row - first, total=total)
+        report(f"read {split}", row - first, total=row - first)
     for writer in writers:
         writer.close()
 
@@ -81,6 +83,7 @@ def _derive(spec: FeatureSpec, staged: list[Path], *, report: Report) -> None:
     for path, split in zip(staged, SPLITS, strict=True):
         writer, rows = _Writer(path.with_name(f"{split}.parquet"), split=split), 0
         log = pq.ParquetFile(path)
+        report(f"derive {split}", 0, total=log.metadata.num_rows)
         for batch in log.iter_batches():
             rows += batch.num_rows
             batch = _with_histories(batch, histories)

@@ -1,8 +1,16 @@
 """Columns of times: whole numbers, and times and dates in nanoseconds since 1970."""
 
+from datetime import date
+
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from etl.faults import Fault
+
 WHOLE = "whole numbers"
+_A_DAY = {"s": 86_400, "ms": 86_400 * 10**3, "ns": 86_400 * 10**9}
+_FIRST, _LAST = ((day - date(1970, 1, 1)).days for day in (date.min, date.max))
 
 
 def clock(column: pa.Array) -> tuple[str, pa.Array]:
@@ -24,3 +32,12 @@ def clock(column: pa.Array) -> tuple[str, pa.Array]:
         except pa.ArrowInvalid:
             continue
     return "times without a zone", text.cast(pa.timestamp("ns")).cast(pa.int64())
+
+
+def days_of(times: npt.NDArray[np.int64], *, unit: str, place: str) -> npt.NDArray[np.int32]:
+    """Days since 1970. Raises Fault, with `place`, where one lies in no year from 1 to 9999."""
+    days = times // _A_DAY[unit]
+    if (odd := (days < _FIRST) | (days > _LAST)).any():
+        got, remedy = f"{times[np.argmax(odd)]} as a time in {unit}", "mend the file, or split.unit"
+        raise Fault(place, got=got, wanted="a day of the years 1 to 9999", remedy=remedy)
+    return days.astype(np.int32)

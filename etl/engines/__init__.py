@@ -17,6 +17,7 @@ from etl.spec import Etl, FeatureSpec
 from etl.transform import Encoded, Transform
 from etl.typed import Typed
 
+Progress = Callable[[float], None]
 Fitted = tuple[Json, list[IdFeature], list[Table]]
 Encode = Callable[[pa.Table, int], Encoded]
 """Raw rows of a split that follow one another, and the number of the first of them, from 0."""
@@ -25,8 +26,12 @@ Encode = Callable[[pa.Table, int], Encoded]
 class Engine(Protocol):
     """What the job needs of an engine."""
 
-    def fit(self, spec: FeatureSpec, train: Typed, *, transform: Path, parent: Parent | None) -> Fitted:
+    def fit(
+        self, spec: FeatureSpec, train: Typed, *, transform: Path, parent: Parent | None, progress: Progress
+    ) -> Fitted:
         """Fits on the training rows and writes the vocabularies; returns the rest of the state, and the tables.
+
+        `progress` hears of the share that is done.
 
         Raises:
             Fault: a feature that can't be fitted on these rows, or that this engine does not know.
@@ -59,9 +64,12 @@ class _Polars:
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def fit(self, spec: FeatureSpec, train: Typed, *, transform: Path, parent: Parent | None) -> Fitted:
-        with queries_on(self._device):
-            return fit(spec, train.columns, transform=transform, parent=parent, device=self._device)
+    def fit(
+        self, spec: FeatureSpec, train: Typed, *, transform: Path, parent: Parent | None, progress: Progress
+    ) -> Fitted:
+        columns, device = train.columns, self._device
+        with queries_on(device):
+            return fit(spec, columns, transform=transform, parent=parent, device=device, progress=progress)
 
     def encoder(self, split: str, rows: Typed, *, transform: Transform) -> Encode:
         return lambda raw, first: encode(raw, transform, place=place_of(split, first=first, rows=raw.num_rows))

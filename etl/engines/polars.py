@@ -31,7 +31,13 @@ from etl.typed import Columns
 
 
 def fit(
-    spec: FeatureSpec, train: Columns, *, transform: Path, parent: Parent | None = None, device: Device = "cpu"
+    spec: FeatureSpec,
+    train: Columns,
+    *,
+    transform: Path,
+    parent: Parent | None,
+    device: Device,
+    progress: Callable[[float], None],
 ) -> tuple[Json, list[IdFeature], list[Table]]:
     """Fits on the typed training rows; writes vocabularies and encodings into `transform`, the rest is JSON values.
 
@@ -56,7 +62,10 @@ def fit(
     jobs: list[Callable[[], Any]] = [partial(fitted, feature) for feature in resolve(spec.features)]
     features_end = len(jobs)  # numbers first: what counts keys may still be loading
     jobs += [partial(fit_table, table, shared[table], fitting=fitting) for table in shared]
-    done = list((in_order if device == "cpu" else map)(lambda job: job(), jobs))
+    done: list[Any] = []
+    for result in (in_order if device == "cpu" else map)(lambda job: job(), jobs):
+        done.append(result)
+        progress(len(done) / len(jobs))
     tables = dict(zip(shared, done[features_end:], strict=True))
     dense: list[Json] = []
     ids: list[Json] = []

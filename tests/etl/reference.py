@@ -32,6 +32,8 @@ _ALL = 2**64
 class Expected:
     """Vocabularies by table, and by split and feature: ids, numbers, and counts of missing and unseen values.
 
+    `nulls` counts what is missing of dense inputs.
+
     `loose` names inputs whose numbers lie so close together that a deviation of them means little.
     """
 
@@ -39,6 +41,7 @@ class Expected:
     ids: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     numbers: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     missing: dict[str, dict[str, int]] = field(default_factory=dict)
+    nulls: dict[str, dict[str, int]] = field(default_factory=dict)
     unseen: dict[str, dict[str, int]] = field(default_factory=dict)
     loose: set[str] = field(default_factory=set)
 
@@ -58,6 +61,7 @@ def expected(spec: FeatureSpec, splits: Mapping[str, Columns]) -> Expected:
     found.loose = {name for name, step in fitted.steps.items() if isinstance(step, _Scale) and step.loose}
     for split, columns in splits.items():
         found.ids[split], found.numbers[split], found.missing[split], found.unseen[split] = {}, {}, {}, {}
+        found.nulls[split] = dict(_nulls(features, columns))
         for name, feature in features.items():
             step = fitted.steps.get(name)
             if isinstance(feature, Target | Count):
@@ -69,6 +73,15 @@ def expected(spec: FeatureSpec, splits: Mapping[str, Columns]) -> Expected:
             if not isinstance(step, _Scale) or feature.as_ == "field":
                 _encode(feature, columns, fitted=fitted, found=found, split=split)
     return found
+
+
+def _nulls(features: Mapping[str, Any], columns: Columns) -> Iterator[tuple[str, int]]:
+    """By dense input the rows that lack a value."""
+    for name, feature in features.items():
+        number = [column_of(feature)] if isinstance(feature, Numeric) and feature.as_ == "dense" else []
+        if by := feature.by if isinstance(feature, Target | Count) else number:
+            rows = zip(*(columns[column] for column in by), strict=True)
+            yield name, sum(any(value is None or value != value for value in row) for row in rows)
 
 
 def _vocabulary(rules: Any, columns: Mapping[str, None], train: Columns) -> list[tuple[Any, int]]:

@@ -110,13 +110,18 @@ def test_queries_stream_or_go_to_the_gpu_until_the_fit_ends() -> None:
         assert pl.Config.state()["POLARS_ENGINE_AFFINITY"] == before
 
 
+Seen = dict[tuple[Path, int], list[pl.Schema]]
+"""By file and line the columns of the queries that were collected there."""
+
+
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[Path, int]]:
-    """Files and lines whose queries were collected; each has been translated for a GPU before it ran on the CPU."""
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Queries as `device = "cuda"` makes them; each has been translated for a GPU before it ran on the CPU."""
     from cudf_polars.dsl.translate import Translator
 
-    lines: set[tuple[Path, int]] = set()
+    queries: Seen = {}
     collect = pl.LazyFrame.collect
+    monkeypatch.setattr(etl.engines, "check_device", lambda device: None)
 
     def translated(query: pl.LazyFrame, **options: Any) -> Any:
         frame = sys._getframe(1)
@@ -124,32 +129,38 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[Path, int]]:
             translator = Translator(query._ldf.visit(), pl.GPUEngine(executor="in-memory"))
             translator.translate_ir()
             assert not translator.errors, query.explain()
-            lines.add((Path(frame.f_code.co_filename), frame.f_lineno))
-        return collect(query, **options)
+            place = Path(frame.f_code.co_filename), frame.f_lineno
+            queries.setdefault(place, []).append(query.collect_schema())
+        return collect(query, **options | {"engine": "streaming"})
 
     monkeypatch.setattr(pl.LazyFrame, "collect", translated)
-    return lines
+    return queries
 
 
 @needs_cudf_polars
 @pytest.mark.slow
-def test_cudf_polars_knows_every_query_of_the_engine(folder: Path, seen: set[tuple[Path, int]]) -> None:
-    run(spec_of(folder), folder / "day1", report=silent)
+def test_cudf_polars_knows_every_query_of_the_engine(folder: Path, seen: Seen) -> None:
+    spec = spec_of(folder, device="cuda")
+    run(spec, folder / "day1", report=silent)
     write(folder, first=ROWS)
-    parent = read_parent(spec_of(folder), folder / "day1", refit_numbers=True)
-    run(spec_of(folder), folder / "day2", report=silent, parent=parent)
+    parent = read_parent(spec, folder / "day1", refit_numbers=True)
+    run(spec, folder / "day2", report=silent, parent=parent)
     written = {
         (path, number)
         for path in ENGINES.glob("*.py")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if ".collect(" in line
     }
-    assert seen == written
+    assert seen.keys() == written
+    vocabularies = [
+        schema["value"] for (path, _), found in seen.items() if path.stem == "vocabulary" for schema in found
+    ]
+    assert set(vocabularies) == {pl.Int64(), pl.String()}, "on the CPU a table of whole numbers is counted without one"
 
 
 @needs_cudf_polars
 @pytest.mark.slow
-def test_a_query_that_it_does_not_know_is_noticed(seen: set[tuple[Path, int]]) -> None:
+def test_a_query_that_it_does_not_know_is_noticed(seen: Seen) -> None:
     code = compile("query.collect()", str(ENGINES / "order.py"), "exec")
     with pytest.raises(AssertionError):
         exec(code, {"query": pl.LazyFrame({"a": [1, 2]}).select(pl.int_range(pl.len()))})

@@ -288,7 +288,7 @@ def test_serving_one_row_at_a_time_gives_the_columns_of_the_dataset(
         ({key: value for key, value in TARGET.items() if key != "task"}, "task must be one of click, buy"),
         (TARGET | {"by": ["user", "user"]}, "names a column twice"),
         (TARGET | {"by": []}, "at least 1 item"),
-        (TARGET | {"by": ["click"]}, "'t' by 'click': that is a label"),
+        (TARGET | {"by": ["click"]}, "reads the column 'click', which is a label"),
         (TARGET | {"folds": 1}, "greater than or equal to 2"),
         (TARGET | {"smoothing": -1.0}, "greater than or equal to 0"),
         ({"type": "count", "name": "user", "by": ["city"]}, "named twice: user"),

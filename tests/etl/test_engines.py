@@ -171,6 +171,7 @@ def check_reference(folder: Path, wanted: Expected) -> None:
                 assert all(close(a, b) for a, b in zip(rows[name], numbers, strict=True)), name
         counts = {name: {"missing": wanted.missing[split][name], "unseen": wanted.unseen[split][name]} for name in ids}
         assert counted[split]["features"] == counts
+        assert counted[split]["dense"] == {name: {"missing": n} for name, n in wanted.nulls[split].items()}
 
 
 def check_same(ours: Path, theirs: Path, *, loose: set[str]) -> None:

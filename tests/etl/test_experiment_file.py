@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from etl.experiment_file import load_feature_spec, read
@@ -91,3 +93,86 @@ def test_a_missing_and_a_broken_file(tmp_path: Path) -> None:
 def test_every_shipped_file_loads_and_survives_json(path: Path) -> None:
     _, spec = load_feature_spec(path, overrides=[])
     assert FeatureSpec.model_validate_json(spec.model_dump_json(by_alias=True)) == spec
+
+
+OWN = ["label:click", "group:", "day:", "split:", "row:", "history:items", "history:0:time", "negatives:user"]
+READS = [
+    '{{ type = "categorical", name = "h", column = "{}" }}',
+    '{{ type = "numeric", name = "h", column = "{}" }}',
+    '{{ type = "bag", name = "h", weight_column = "{}", max_length = 2 }}',
+    '{{ type = "count", name = "h", by = ["{}"] }}',
+]
+
+
+@pytest.mark.parametrize("column", OWN)
+@pytest.mark.parametrize("feature", READS)
+def test_names_of_columns_that_the_etl_makes_are_refused(file: Path, feature: str, column: str) -> None:
+    with pytest.raises(Faults, match=f"column '{column}', the name of one that the ETL makes"):
+        load_feature_spec(file, overrides=[f"features=[{feature.format(column)}]"])
+
+
+def test_a_history_of_such_a_column_is_refused(file: Path) -> None:
+    history = '[{ user = "u", time = "t", max_length = 2, columns = { past = "label:click" } }]'
+    features = '[{ type = "sequence", name = "past", max_length = 2 }]'
+    with pytest.raises(Faults, match="column 'label:click', the name of one that the ETL makes"):
+        load_feature_spec(file, overrides=[f"data.histories={history}", f"features={features}"])
+
+
+@pytest.mark.parametrize("feature", READS)
+def test_no_feature_reads_a_label(file: Path, feature: str) -> None:
+    tasks = 'tasks=[{ name = "bought", column = "click" }]'
+    with pytest.raises(Faults, match="no feature that reads the column 'click', which is a label"):
+        load_feature_spec(file, overrides=[tasks, f"features=[{feature.format('click')}]"])
+
+
+@pytest.mark.parametrize("name", ["../esc", "", "a b", "a/b", ".", "1"])
+def test_a_name_is_one_of_a_folder(file: Path, name: str) -> None:
+    with pytest.raises(Faults, match=r"(?s)trial\.toml: tasks: got .*trial\.toml: name: got"):
+        load_feature_spec(file, overrides=[f'name="{name}"', "tasks=[]"])
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("# a remark\nC2, C10,click,n1,n2,C1\nx,y,1,1,2,z\n")
+    pq.write_table(pa.table({"C2": ["x"], "n1": [1.0], "C1": ["y"], "click": [1]}), "a.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("data", "globs", "columns"),
+    [
+        ("{ train = ['a.csv'], test = ['b.csv'], comment = '#' }", ["C*", "n?"], ["C2", "C10", "C1", "n1", "n2"]),
+        ("{ train = ['a.csv'], test = ['b.csv'], comment = '#' }", ["C[12]", "n1..n2"], ["C2", "C1", "n1", "n2"]),
+        ("{ train = ['b.csv'], test = ['b.csv'], columns = ['click', 'C9', 'n'] }", ["C*"], ["C9"]),
+        ("{ train = ['a.*t'], test = ['b'], format = 'parquet' }", ["C*"], ["C2", "C1"]),
+    ],
+)
+def test_a_glob_names_columns_of_the_first_file(
+    file: Path, rows: Path, data: str, globs: list[str], columns: list[str]
+) -> None:
+    Path("b.csv").touch()
+    features = f"[{{ type = 'categorical', columns = {globs} }}, {{ type = 'numeric', name = 'm' }}]"
+    overrides = [f"data={data}", f"features={features}"]
+    _, spec = load_feature_spec(file, overrides=overrides)
+    assert [feature.name for feature in resolve(spec.features)] == [*columns, "m"]
+    named = features.replace(str(globs), str(columns))
+    _, other = load_feature_spec(file, overrides=[*overrides, f"features={named}"])
+    assert list(resolve(other.features)) == list(resolve(spec.features))
+
+
+def test_a_glob_without_a_match_or_a_file_is_a_fault(file: Path, rows: Path) -> None:
+    glob = "features=[{ type = 'categorical', columns = ['C1', 'D*'] }]"
+    said = r"trial.toml: features.0.columns: got 'D\*', which no column of a.csv matches; wanted .* C2, C10, click"
+    with pytest.raises(Fault, match=said):
+        load_feature_spec(file, overrides=[glob, "data.comment='#'"])
+    with pytest.raises(Fault, match=r"data.train: got no file 'gone.csv'"):
+        load_feature_spec(file, overrides=[glob, "data.train=['gone.csv']"])
+    Path("a.csv").write_text("")
+    with pytest.raises(Fault, match=r"a.csv: got .*; wanted a readable csv file with named columns"):
+        load_feature_spec(file, overrides=[glob])
+    with pytest.raises(Faults, match=r"data.format: got 'xls'"):
+        load_feature_spec(file, overrides=[glob, "data.format=xls"])
+    Path("a.csv").write_text("C1,click\n")
+    with pytest.raises(Faults, match="named twice: click"):
+        load_feature_spec(file, overrides=["features=[{ type = 'categorical', columns = ['*'] }]"])

@@ -1,6 +1,7 @@
 """Incremental days: no old row moves, counts add up, and nothing counts twice."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def test_nothing_new_gives_the_same_transform_and_the_same_rows(folder: Path) ->
         assert pq.read_table(f"three/{split}") == pq.read_table(f"two/{split}")
     first = extend("one", "copy", spec("day1.parquet"))
     assert fitted("copy") == fitted("one") and pq.read_table("copy/train") == pq.read_table("one/train")
-    assert len(first["seen"]) == 1 and len(again["seen"]) == 2
+    assert len(first["counted"]) == 1 and len(again["counted"]) == 2
 
 
 def test_a_folder_is_extended_in_its_place(folder: Path) -> None:
@@ -243,6 +244,21 @@ def test_rows_do_not_count_twice(folder: Path, train: list[str]) -> None:
         read_parent(new, Path("one"), refit_numbers=False)
 
 
+def test_a_file_is_known_by_its_bytes(folder: Path) -> None:
+    """Neither a new time of change nor another name makes rows count twice; files without rows never did count."""
+    os.utime("day1.parquet", (1, 1))
+    parent = read_parent(spec("day1.parquet"), Path("one"), refit_numbers=False)
+    assert parent and not parent.new_rows
+    Path("copy.parquet").write_bytes(Path("day1.parquet").read_bytes())
+    with pytest.raises(Fault, match=r"got copy.parquet, whose rows it has counted"):
+        read_parent(spec("copy.parquet", "day2.parquet"), Path("one"), refit_numbers=False)
+    pq.write_table(pa.table(DAY1).slice(0, 0), "day0.parquet")
+    run(spec("day0.parquet", "day1.parquet"), Path("zero"), report=silent)
+    parent = read_parent(spec("day0.parquet", "day2.parquet"), Path("zero"), refit_numbers=False)
+    assert parent and parent.new_rows
+    assert not up_to_date(spec("day1.parquet"), Path("one")), "a folder is made again where a time has changed"
+
+
 def test_every_other_setting_of_a_feature_is_named(folder: Path) -> None:
     features = [dict(feature) for feature in SPEC["features"]]
     features[0]["min_count"] = 3
@@ -257,7 +273,7 @@ def test_every_other_setting_of_a_feature_is_named(folder: Path) -> None:
     with pytest.raises(Faults, match=r"features: got item_count, .*wanted the order item, user"):
         read_parent(spec("day2.parquet", features=SPEC["features"][::-1]), Path("one"), refit_numbers=False)
     with pytest.raises(Faults, match=r"tasks\.click\.column"):
-        read_parent(spec("day2.parquet", tasks=[{"name": "click", "column": "page"}]), Path("one"), refit_numbers=False)
+        read_parent(spec("day2.parquet", tasks=[{"name": "click", "column": "link"}]), Path("one"), refit_numbers=False)
     heavier = spec("day2.parquet", tasks=[{"name": "click", "weight": 2.0}])
     assert read_parent(heavier, Path("one"), refit_numbers=False)
 
@@ -282,7 +298,7 @@ def test_the_command_says_what_came_and_repeats_nothing(folder: Path) -> None:
     code, said = etl("--extend", "nowhere")
     assert code == 2 and "nowhere/manifest.json: got no such file" in said and "Traceback" not in said
     manifest = json.loads(Path("d1/manifest.json").read_text())
-    Path("d1/manifest.json").write_text(json.dumps({key: manifest[key] for key in manifest if key != "seen"}))
+    Path("d1/manifest.json").write_text(json.dumps({key: manifest[key] for key in manifest if key != "counted"}))
     code, said = etl(*day2)
     assert code == 2 and "an older version made it" in said
 

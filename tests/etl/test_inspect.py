@@ -6,6 +6,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def test_label_rates_by_file(data: Path, found: dict[str, Any]) -> None:
 
 
 DAYS = ["2024-02-28T23:59:59", "2024-02-29T00:00:00", "2024-03-01T12:00:00", "1969-12-31T23:00:00"]
+SECONDS = [round(datetime.fromisoformat(f"{day}+00:00").timestamp()) for day in DAYS]
 
 
 @pytest.mark.parametrize(
@@ -153,13 +155,16 @@ DAYS = ["2024-02-28T23:59:59", "2024-02-29T00:00:00", "2024-03-01T12:00:00", "19
         (DAYS, {"by": "time", "column": "time", "valid_from": "2024-02-29", "test_from": "2024-03-01"}, "day"),
         (DAYS, {"by": "last", "column": "user", "time": "time"}, "day"),
         ([3, 2, 1, 0], {"by": "time", "column": "time", "valid_from": 1, "test_from": 2}, "file"),
+        (SECONDS, {"by": "time", "column": "time", "valid_from": SECONDS[1], "test_from": SECONDS[2]}, "file"),
+        (SECONDS, {"by": "time", "column": "time", "valid_fraction": 0.3, "test_fraction": 0.3, "unit": "s"}, "day"),
+        ([1000 * at for at in SECONDS], {"by": "last", "column": "user", "time": "time", "unit": "ms"}, "day"),
         (DAYS, {"valid_fraction": 0.3, "test_fraction": 0.3}, "file"),
     ],
 )
 def test_label_rates_by_day(
     times: list[Any], split: dict[str, Any], by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A day is the split's own column of times; whole numbers say no day, so they count by file."""
+    """A day is the split's own column of times; whole numbers without a unit say no day, so they count by file."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     seen: dict[str, list[int]] = {}
@@ -168,7 +173,7 @@ def test_label_rates_by_day(
         lines = ["time,user,click", *(f"{times[at]},{user},{click}" for at, user, click in rows)]
         Path(f"{file}.csv").write_text("\n".join(lines) + "\n")
         for at, _, click in rows:
-            seen.setdefault(str(times[at])[:10] if by == "day" else f"{file}.csv", []).append(click)
+            seen.setdefault(DAYS[at][:10] if by == "day" else f"{file}.csv", []).append(click)
     features = [{"type": "categorical", "name": "user"}]
     raw = {"data": {"train": ["a.csv", "b.csv"], "split": split}, "tasks": [{"name": "click"}], "features": features}
     manifest = run(parse(raw, place="x", into=FeatureSpec), Path("d"), report=silent)
@@ -260,6 +265,22 @@ def test_dense_features_against_plain_python(data: Path, found: dict[str, Any]) 
     assert age["psi"]["test"] > age["psi"]["valid"] > 0.1 and age["mean"] == age["by_split"]["train"]["mean"]
 
 
+def test_missing_numbers_are_counted(data: Path, found: dict[str, Any], tmp_path: Path) -> None:
+    for at, (split, count) in enumerate(SPLITS.items()):
+        absent = raw_rows(count, seed=at, shift=at)["age"].null_count
+        assert absent and [dense["missing"][split] for dense in found["dense"]] == [absent / count, 0.0]
+    write_page(found, tmp_path / "page.html")
+    shares = ", ".join(f"{split} {share:.1%}" for split, share in found["dense"][0]["missing"].items())
+    assert f"Missing: {shares}." in (tmp_path / "page.html").read_text()
+    printed = CliRunner().invoke(app, ["inspect", str(data), "--html", str(tmp_path / "page.html")]).output
+    assert "missing" in printed.split("dense features")[1]
+    older = json.loads((data / "manifest.json").read_text())
+    older["splits"] = {name: {k: v for k, v in part.items() if k != "dense"} for name, part in older["splits"].items()}
+    shutil.copytree(data, tmp_path / "older")
+    (tmp_path / "older" / "manifest.json").write_text(json.dumps(older))
+    assert inspect(tmp_path / "older")["dense"][0]["missing"] == dict.fromkeys(SPLITS)
+
+
 def test_a_column_of_one_value(found: dict[str, Any]) -> None:
     same = next(dense for dense in found["dense"] if dense["name"] == "same")
     assert same["std"] == 0 and same["min"] == same["max"] and max(same["histogram"]["share"]["test"]) == 1
@@ -276,6 +297,8 @@ def test_row_groups_and_the_sample_do_not_matter(
         shutil.rmtree(tmp_path / "d" / split)
         (tmp_path / "d" / split).mkdir()
         pq.write_table(table, tmp_path / "d" / split / "part-00000.parquet")
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
     whole = json.loads(json.dumps(inspect(tmp_path / "d")))
     assert whole["features"] == found["features"] and whole["label_rate_by_position"] == found["label_rate_by_position"]
     for one, other in zip(whole["dense"], found["dense"], strict=True):

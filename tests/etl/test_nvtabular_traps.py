@@ -58,6 +58,7 @@ TRAIN: dict[str, Any] = {
 TEST = TRAIN | {
     "late": pa.array([None if at == 1 else at % 4 for at in range(ROWS)], pa.int64()),
     "narrow": pa.array([2**32 + 1] * ROWS, pa.int64()),
+    "same": pa.array(["new"] * 6 + ["y"] * (ROWS - 6)),
 }
 FEATURES: list[dict[str, Any]] = [
     {"type": "categorical", "columns": ["big", "late", "narrow"], "dtype": "int64"},
@@ -153,10 +154,14 @@ def test_2_a_cross_of_equal_values_is_always_bucket_0(made: Made) -> None:
     assert len(set(made.train["pair"])) == 2
 
 
-def test_3_equal_unseen_values_fall_into_different_buckets(tmp_path: Path) -> None:
+def test_3_equal_unseen_values_fall_into_different_buckets(made: Made, tmp_path: Path) -> None:
     unseen = pd.DataFrame({"same": ["new"] * 6})
     op = ops.Categorify(num_buckets={"same": 50}, max_size={"same": 60}, out_path=str(tmp_path))
     assert len(set(naive(["same"] >> op, column("same"), then=unseen)["same"])) > 1
+    assert made.test["same"] == [0] * 6 + [made.row("same", "y")] * (ROWS - 6)
+    assert made.splits["test"]["features"]["same"] == {"missing": 0, "unseen": 6}
+    hashed = made.test["hashed"]
+    assert len(set(hashed[:6])) == 1 and hashed[0] > 0 and hashed[6:] == made.train["hashed"][6:]
 
 
 def test_4_ids_beside_nulls_pass_through_float64(made: Made, tmp_path: Path) -> None:
@@ -170,6 +175,14 @@ def test_5_nulls_are_marked_at_the_rows_of_their_labels(tmp_path: Path) -> None:
     rows = pd.DataFrame({"dark": ["a", "b", None, "a"]}, index=[3, 2, 1, 0])
     codes = naive(["dark"] >> ops.Categorify(out_path=str(tmp_path)), rows, then=rows)["dark"].tolist()
     assert codes.index(1) != 2 and codes[2] != 1
+    frame = pa.table({name: TRAIN[name] for name in ("dark", "click")}).to_pandas().sample(frac=1, random_state=1)
+    shuffled = pa.Table.from_pandas(frame)
+    assert "__index_level_0__" in shuffled.column_names, "the labels of the rows are in the file"
+    for split in ("train", "valid", "test"):
+        pq.write_table(shuffled, tmp_path / f"{split}.parquet", row_group_size=GROUP)
+    found = Made(make([{"type": "categorical", "name": "dark"}], tmp_path))
+    for rows_of in (found.train, found.test):
+        assert rows_of["dark"] == [found.row("dark", value) if value else 0 for value in shuffled["dark"].to_pylist()]
 
 
 def test_6_other_whole_numbers_wrap_into_the_fitted_type(made: Made, tmp_path: Path) -> None:
@@ -291,7 +304,9 @@ def test_20_a_filter_moves_rows_apart(made: Made, tmp_path: Path) -> None:
     rows = pd.DataFrame({"x": [1.0, None, 3.0], "y": [10.0, 20.0, 30.0]})
     found = naive((["x"] >> ops.Dropna()) + ["y"], rows)
     assert [30.0, 3.0] not in found[["y", "x"]].to_numpy().tolist()
-    assert len(made.train["late"]) == ROWS and made.train["late"] == [made.row("late", at % 4) for at in range(ROWS)]
+    wanted = [(made.row("late", at % 4), -1.0 if x is None else np.float32(x)) for at, x in enumerate(SKEWED)]
+    assert list(zip(made.train["late"], made.train["other"], strict=True)) == wanted, "rows without a number stay"
+    assert made.test["other"] == made.train["other"] and made.splits["test"]["rows"] == ROWS
 
 
 def test_21_a_partition_without_values_ends_the_job(made: Made, tmp_path: Path) -> None:
@@ -337,8 +352,21 @@ def test_25_the_columns_of_a_table_name_its_file(tmp_path: Path) -> None:
         make(features, tmp_path)
 
 
-def test_26_rows_in_groups_come_once_a_partition(made: Made) -> None:
+def test_26_rows_in_groups_come_once_a_partition(tmp_path: Path) -> None:
     rows = pd.DataFrame({"user": ["u", "v"] * 10, "item": range(20)})
     found = naive(["user", "item"] >> ops.Groupby(groupby_cols=["user"], aggs={"item": ["list"]}), rows, parts=2)
     assert len(found) == 4, "two users"
-    assert len(made.train["click"]) == ROWS
+    users = [None if at % 11 == 10 else "uv"[at % 2] for at in range(ROWS)]
+    log = {"user": pa.array(users), "item": pa.array([at % 7 for at in range(ROWS)]), "click": TRAIN["click"]}
+    log["time"] = pa.array([at // 4 for at in range(ROWS)])
+    write(tmp_path, log, log | {"time": pa.array([100 + at // 4 for at in range(ROWS)])})
+    history = {"user": "user", "time": "time", "columns": {"past": "item"}, "max_length": 3}
+    data = {"format": "parquet", "histories": [history]}
+    data |= {split: [str(tmp_path / f"{split}.parquet")] for split in ("train", "valid", "test")}
+    past = {"type": "sequence", "name": "past", "dtype": "int64", "max_length": 3}
+    got = Made(make([past], tmp_path, data=data))
+    for at, user in enumerate(users):
+        before = [n % 7 for n in range(at // 4 * 4) if users[n] == user is not None]
+        assert got.train["past"][at] == [got.row("past", item) for item in before[-3:]], (
+            "each row, in the order of time"
+        )

@@ -1,8 +1,10 @@
 """Serving parity: the fitted state, row by row and without polars, gives the ids and floats of the dataset folder."""
 
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,23 @@ def write(test_rows: int) -> None:
         pq.write_table(table(rows, seed=seed, unseen=50 * seed), f"{split}.parquet")
 
 
-SERVER = """
+LOADED = 'print([name for name in sys.modules if name in ("polars", "nvtabular", "merlin", "torch", "etl")])'
+CLIENT = f"""
+import json, sys
+from pathlib import Path
+import numpy as np
+import pyarrow.parquet as pq
+from etl.pack import pack
+from etl.transform import Signature
+signature = Signature.from_json(json.loads(Path(sys.argv[1]).read_text())["signature"])
+raw = pq.read_table(sys.argv[2]).combine_chunks()
+part, parts = int(sys.argv[3]), int(sys.argv[4])
+rows = [pack(raw.slice(at, 1), signature) for at in range(part, raw.num_rows, parts)]
+keys, numbers = (np.concatenate([getattr(row, kind) for row in rows]) for kind in ("keys", "numbers"))
+np.savez(f"packed{{part}}.npz", keys=keys, numbers=numbers)
+{LOADED}
+"""
+SERVER = f"""
 import importlib, sys
 import numpy as np
 from pathlib import Path
@@ -111,7 +129,7 @@ for at in range(len(keys)):
     ids.append(encoded.ids)
     floats.append(encoded.floats)
 np.savez(sys.argv[4], ids=np.concatenate(ids), floats=np.concatenate(floats))
-print([name for name in ("polars", "etl", "torch") if name in sys.modules])
+{LOADED}
 """
 
 
@@ -134,28 +152,44 @@ def folder_rows(split: Path, transform: Transform) -> tuple[np.ndarray, np.ndarr
     return np.concatenate(ids, axis=1), np.concatenate(floats, axis=1)
 
 
+def python(code: str, *arguments: str) -> str:
+    """What the code prints in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_row_by_row_serving_gives_the_folders_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transform runs as in a bundle: its files alone, in a process that loads nothing else of ours."""
+    """Rows are packed one by one as at a client, and transformed one by one as in a bundle: its files alone, in a
+    process that loads nothing else of ours; neither loads an engine."""
     monkeypatch.chdir(tmp_path)
     write(ROWS)
     made = spec()
     manifest = run(made, Path("d"), report=silent)
     transform = Transform.load(Path("d/transform"))
     raw = read_raw_split(made, "test")
-    packed = pack(raw, transform.signature)
-    for at in range(0, ROWS, 97):
-        row = pack(raw.slice(at, 1), transform.signature)
-        assert (row.keys[0] == packed.keys[at]).all() and (row.numbers[0] == packed.numbers[at]).all()
-    np.savez("packed.npz", keys=packed.keys, numbers=packed.numbers)
+    pq.write_table(raw, "raw.parquet")
+    parts, at_once = len(os.sched_getaffinity(0)), pack(raw, transform.signature)
+    packed = {"keys": np.empty_like(at_once.keys), "numbers": np.empty_like(at_once.numbers)}
+    with ThreadPoolExecutor(parts) as pool:
+        lines = [("d/transform/transform.json", "raw.parquet", str(part), str(parts)) for part in range(parts)]
+        assert list(pool.map(lambda line: python(CLIENT, *line), lines)) == ["['etl']\n"] * parts
+    for part in range(parts):
+        one_by_one = np.load(f"packed{part}.npz")
+        for kind, rows in packed.items():
+            rows[part::parts] = one_by_one[kind]
+    np.testing.assert_array_equal(packed["keys"], at_once.keys)
+    np.testing.assert_array_equal(packed["numbers"], at_once.numbers)
+    np.savez("packed.npz", keys=packed["keys"], numbers=packed["numbers"])
     write_slots(Path("d/transform"))
     copied = Path("copied")
     copied.mkdir()
     for name in ("lookup.py", "transform.py"):
         shutil.copyfile(ROOT / "etl" / name, copied / name)
-    line = [str(copied), "d/transform", "packed.npz", "served.npz"]
-    done = subprocess.run([sys.executable, "-c", SERVER, *line], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+    assert python(SERVER, str(copied), "d/transform", "packed.npz", "served.npz") == "[]\n"
     served, (ids, floats) = np.load("served.npz"), folder_rows(Path("d/test"), transform)
     assert len(ids) == ROWS and served["ids"].dtype == np.int64 and served["floats"].dtype == np.float32
     np.testing.assert_array_equal(served["ids"], ids)

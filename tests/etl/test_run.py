@@ -1,7 +1,9 @@
 """The whole job on real and on broken files."""
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +214,42 @@ def test_a_column_that_no_json_line_names_stays_absent(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"a": 9223372036854775807, "z": 1}\n{"a": null}\n')
     table = read_rows(tmp_path / "rows.jsonl", {"a": "int64", "b": "string"})
     assert table.column_names == ["a", "z"] and table["a"].to_pylist() == [2**63 - 1, None]
+
+
+def test_what_the_system_refuses_is_a_fault(folder: Path) -> None:
+    """A file where a folder has to be, and a place that takes no files."""
+    Path("file").write_text("")
+    assert etl("--out", "data")[0] == 0
+    for command in (
+        ["run", "x.toml", "--out", "file/data"],
+        ["inspect", "x.toml"],
+        ["inspect", "data", "--html", "/proc/page.html"],
+        ["run", "x.toml/none.toml"],
+        ["run", "x.toml", "--out", "/proc/data"],
+    ):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2 and result.output.count("\n") == 1, (command, result.output)
+        assert "wanted" in result.output and "remedy" in result.output and "Traceback" not in result.output
+
+
+def test_a_full_disk_is_a_fault_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, output = etl("--out", "data")
+    assert code == 2 and "No space left on device" in output and "the space on the disk" in output
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_folder_that_has_lost_a_file_is_made_anew(folder: Path, cut: bool) -> None:
+    spec = FeatureSpec.model_validate(SPEC)
+    run(spec, Path("data"), report=silent)
+    shard = Path("data/valid/part-00000.parquet")
+    shard.write_bytes(shard.read_bytes()[:-1]) if cut else shard.unlink()
+    result = CliRunner().invoke(app, ["inspect", "data"])
+    assert result.exit_code == 2 and "data: got 1 of its files lost or cut, such as valid/part-00000" in result.output
+    assert not up_to_date(spec, Path("data"))
+    run(spec, Path("data"), report=silent)
+    assert up_to_date(spec, Path("data"))

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etl import libsvm
+from etl import formats, libsvm
 from etl.experiment_file import parse
-from etl.faults import Fault
+from etl.faults import Fault, Faults
 from etl.formats import files
 from etl.reader import Reader
 from etl.run import run
@@ -204,3 +204,75 @@ def test_what_is_no_id_is_a_fault(folder: Path, column: pa.Array, message: str) 
     if pa.types.is_floating(column.type):
         with pytest.raises(Fault, match="column 'item': got double; wanted whole numbers or text"):
             read(ITEMS | {"features": ITEMS["features"][1:]}, format="parquet", group="item")
+
+
+CITIES: dict[str, Any] = {
+    "tasks": [{"name": "click"}],
+    "features": [{"type": "categorical", "name": "city"}, {"type": "numeric", "name": "price"}],
+}
+
+
+@pytest.mark.parametrize("size", [3, 40])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.csv.zst"])
+def test_a_comment_is_no_row_whatever_it_holds(
+    folder: Path, name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one with as many fields as a row, at the start, at the end and across the reader's blocks."""
+    monkeypatch.setattr(formats, "_BLOCK_BYTES", 64)
+    row, comment = "a" * size + ",1,1", "## b,2,0"
+    packed(name, f"{comment}\n##\n\ncity,price,click\n{row}\n{comment}\n# c,3,0\n{comment}\n\n{row}\n{comment}")
+    found = read(CITIES, comment="##")
+    assert found["city"] == ["a" * size, "# c", "a" * size] and found["price"] == [1.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize(("trim", "inner"), [(True, "b"), (False, " b ")])
+def test_values_of_a_list_are_trimmed_and_may_be_missing(folder: Path, trim: bool, inner: str) -> None:
+    Path("rows.csv").write_text("tags,numbers,click\na| b |,1|?|3,1\n?,,0\n||?,7,1\n")
+    lists = [("tags", {"type": "bag"}), ("numbers", {"type": "sequence", "dtype": "int64"})]
+    features = [{"name": name, "max_length": 3} | kind for name, kind in lists]
+    sections = {"tasks": CITIES["tasks"], "features": features}
+    found = read(sections, null_values=["", "?"], trim=trim)
+    assert found["tags"] == [["a", inner, None], [], [None, None, None]]
+    assert found["numbers"] == [[1, None, 3], [], [7]]
+
+
+def test_a_missing_weight_in_a_list_is_a_fault(folder: Path) -> None:
+    Path("rows.csv").write_text("tags,weights,click\na|b,1|?,1\n")
+    bag = {"type": "bag", "name": "tags", "weight_column": "weights", "max_length": 3}
+    with pytest.raises(Fault, match=r"column 'weights': got null, NaN or infinity; wanted a finite weight an id"):
+        read({"tasks": CITIES["tasks"], "features": [bag]}, null_values=["?"])
+
+
+@pytest.mark.parametrize(
+    ("data", "cities"),
+    [
+        ({"format": "tsv"}, ['"a', 'b"', "c"]),
+        ({"format": "tsv", "quote": '"'}, ["a\t1\t1\nb", "c"]),
+        ({"format": "csv"}, ["a,1,1\nb", "c"]),
+        ({"format": "csv", "quote": ""}, ['"a', 'b"', "c"]),
+        ({"format": "csv", "quote": "'"}, ['"a', 'b"', "c"]),
+    ],
+)
+def test_quotes_enclose_values_in_csv_alone_unless_said_otherwise(
+    folder: Path, data: dict[str, Any], cities: list[str]
+) -> None:
+    text = 'city,price,click\n"a,1,1\nb",2,0\nc,3,0\n'
+    Path("rows.txt").write_text(text.replace(",", "\t") if data["format"] == "tsv" else text)
+    assert read(CITIES, **data)["city"] == cities
+
+
+def test_quotes_belong_to_text_tables(folder: Path) -> None:
+    for wrong in ({"format": "parquet", "quote": '"'}, {"quote": "<>"}):
+        with pytest.raises(Faults, match=r"'quote' belongs to csv and tsv|at most 1 character"):
+            spec(CITIES, **wrong)
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n# a remark\n\n"])
+def test_names_of_a_header_are_trimmed_as_values_are(folder: Path, start: str) -> None:
+    Path("rows.csv").write_text(start + "city , price,\tclick \r\nBern,2, 1\r\n\r\nChur,3,0\r\n")
+    assert read(CITIES, comment="#")["price"] == [2.0, 3.0]
+    with pytest.raises(Fault, match="no column city, price, click; it has city ,  price"):
+        read(CITIES, comment="#", trim=False)
+    Path("rows.csv").write_text("city,city ,price,click\na,b,1,1\n")
+    with pytest.raises(Fault, match="column city twice"):
+        read(CITIES)

@@ -27,7 +27,7 @@ from etl.transform import Transform
 from etl.typed import Typed
 
 if TYPE_CHECKING:
-    from etl.engines import Encode, Fitted
+    from etl.engines import Encode, Fitted, Progress
     from etl.extend import Parent
 
 
@@ -52,7 +52,9 @@ class NVTabular:
         self._scratch, self._workers, self._batch_rows = scratch, workers, batch_rows
         self._plan, self._graph = Plan(), Graph()
 
-    def fit(self, spec: FeatureSpec, train: Typed, *, transform: Path, parent: "Parent | None") -> "Fitted":
+    def fit(
+        self, spec: FeatureSpec, train: Typed, *, transform: Path, parent: "Parent | None", progress: "Progress"
+    ) -> "Fitted":
         """Fits on the training rows; writes vocabularies in the order of the polars engine.
 
         Raises:
@@ -76,7 +78,9 @@ class NVTabular:
             users = spec.shared_tables()[table]
             tables[table] = fit_table(table, users, found=found, ordered=ordered, fitting=fitting)
             self._graph.use(columns, ordered)
-        return self._state(spec, signature=signature, tables=tables, fitting=fitting)
+        state = self._state(spec, signature=signature, tables=tables, fitting=fitting)
+        progress(1.0)
+        return state
 
     def _state(self, spec: FeatureSpec, *, signature: Json, tables: dict[str, int], fitting: Fitting) -> "Fitted":
         ids: list[Json] = []
