@@ -8,15 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from etl.columns import labels_of, typed, weights_of
 from etl.data_spec import History
 from etl.faults import Fault
 from etl.formats import raw_batches, split_texts
-from etl.pack import ARROW, inner_type, text_keys, typed_column, without_nan
+from etl.pack import text_keys
 from etl.schema import GROUP, WEIGHT
-from etl.spec import Bag, FeatureSpec, Task, column_of, resolve
+from etl.spec import Bag, FeatureSpec, column_of, resolve
 from etl.threads import in_order
 from etl.times import WHOLE, clock, days_of
-from etl.transform import RESERVED_KEYS, Int64s
+from etl.transform import Int64s
 
 SPLIT, USER, DAY = "split:", "negatives:user", "day:"
 
@@ -138,7 +139,7 @@ class Reader:
         columns = {}
         for name, dtype in self._file_columns.items():
             column = split_texts(self._spec.data, batch[name], separator=self._separators.get(name))
-            columns[name] = _typed(column, name=name, dtype=dtype, place=place)
+            columns[name] = typed(column, name=name, dtype=dtype, place=place)
         for bag in self._bags:
             _check_bag(bag, columns, place=place)
         return columns
@@ -147,7 +148,7 @@ class Reader:
         columns: dict[str, pa.Array] = {}
         for task in self._spec.tasks:
             ones = pa.array(np.ones(batch.num_rows, np.float32))
-            label = _labels(batch[task.label], task=task, place=place) if self._labelled else ones
+            label = labels_of(batch[task.label], task=task, place=place) if self._labelled else ones
             columns[f"label:{task.name}"] = label
         days = np.full(batch.num_rows, file, np.int32)
         if self._day:
@@ -161,7 +162,7 @@ class Reader:
         if data.group:
             columns[GROUP] = pa.array(text_keys(_texts(batch[data.group], name=data.group, place=place)))
         if data.weight:
-            columns[WEIGHT] = _weights(batch[data.weight], name=data.weight, place=place)
+            columns[WEIGHT] = weights_of(batch[data.weight], name=data.weight, place=place)
         column = data.split.column
         if data.divided and column is not None and data.split.by == "time":
             columns[SPLIT] = pa.array(self._times(batch[column], name=column, place=place))
@@ -208,17 +209,6 @@ def _texts(column: pa.Array, *, name: str, place: str) -> pa.Array:
     return column.cast(pa.large_string())
 
 
-def _weights(column: pa.Array, *, name: str, place: str) -> pa.Array:
-    """How often each row counts, float32. Raises Fault on what is missing, negative, or infinite as float32."""
-    weights = _typed(column, name=name, dtype="float64", place=place).cast(pa.float32(), safe=False)
-    sound = pc.and_(pc.greater_equal(weights, 0.0), pc.is_finite(weights)).fill_null(False)
-    if not pc.all(sound, min_count=0).as_py():
-        bad = pc.index(sound, False).as_py()
-        got, remedy = f"{column[bad].as_py()!r} as weight {bad + 1} of these", "mend the file, or drop data.weight"
-        raise Fault(f"{place}, column '{name}'", got=got, wanted="a number from 0 on in each row", remedy=remedy)
-    return weights
-
-
 def _events(batch: pa.RecordBatch, history: History, *, place: str) -> pa.Array:
     """Which rows are events: all texts of `where` hold; a null is none."""
     event = np.ones(batch.num_rows, dtype=bool)
@@ -249,55 +239,3 @@ def _check_bag(bag: Bag, columns: Mapping[str, pa.Array], *, place: str) -> None
         got = other if odd.any() else "null, NaN or infinity"
         remedy = f"mend the lists of '{name}' and '{bag.weight_column}'"
         raise Fault(f"{place}, column '{bag.weight_column}'", got=got, wanted="a finite weight an id", remedy=remedy)
-
-
-def _typed(column: pa.Array, *, name: str, dtype: str, place: str) -> pa.Array:
-    """One feature column in its type; NaN of a float column is missing, infinity a fault."""
-    try:
-        column = _from_text(column, dtype)
-        array = typed_column(pa.chunked_array([column]), name=name, dtype=dtype)
-    except (pa.ArrowInvalid, ValueError) as error:
-        kind = dtype.replace("string", "text").replace("int64", "whole numbers").replace("float64", "numbers")
-        remedy = "mend the file, name the text in [data] null_values, or change the feature's type"
-        raise Fault(f"{place}, column '{name}'", got=str(error), wanted=kind, remedy=remedy) from None
-    if inner_type(dtype) == "int64":
-        lowest = pc.min(array if dtype == "int64" else array.values).as_py()
-        if lowest in RESERVED_KEYS:
-            got, remedy = f"{lowest}, which stands for missing", "leave the value empty"
-            raise Fault(f"{place}, column '{name}'", got=got, wanted="whole numbers above that", remedy=remedy)
-    if dtype != "float64" or pc.all(pc.is_finite(array), min_count=0).as_py():
-        return array
-    if pc.any(pc.is_inf(array)).as_py():
-        raise Fault(f"{place}, column '{name}'", got="infinity", wanted="finite numbers", remedy="mend the file")
-    return without_nan(array)
-
-
-def _from_text(column: pa.Array, dtype: str) -> pa.Array:
-    """Numbers that a text file holds as texts, also within lists."""
-    kind, inner = column.type, inner_type(dtype)
-    if inner == "string":
-        return column
-    if pa.types.is_large_string(kind):
-        return column.cast(ARROW[inner])
-    if pa.types.is_list(kind) and pa.types.is_large_string(kind.value_type):
-        return column.cast(pa.list_(ARROW[inner]))
-    return column
-
-
-def _labels(column: pa.Array, *, task: Task, place: str) -> pa.Array:
-    """The label as float32 0 and 1."""
-    if task.positive:
-        text = column.cast(pa.large_string())
-        one, zero = (pc.is_in(text, pa.array(side, pa.large_string())) for side in (task.positive, task.negative))
-        known, wanted = pc.or_(one, zero), f"one of {', '.join([*task.positive, *task.negative])}"
-    else:
-        number = _typed(column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column,
-                        name=task.label, dtype="float64", place=place)  # fmt: skip
-        one = pc.equal(number, 1.0)
-        known = pc.or_(one, pc.equal(number, 0.0)).fill_null(False)
-        wanted = "0 or 1 (or [[tasks]] positive and negative)"
-    if not pc.all(known).as_py():
-        bad = pc.index(known, False).as_py()
-        got, remedy = f"{column[bad].as_py()!r} as label {bad + 1} of these", "mend the file or the task's texts"
-        raise Fault(f"{place}, column '{task.label}'", got=got, wanted=wanted, remedy=remedy)
-    return one.cast(pa.float32())
