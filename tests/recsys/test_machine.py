@@ -24,8 +24,9 @@ def test_emulated_bf16_is_told(monkeypatch: pytest.MonkeyPatch, experiment: Call
 
 
 def test_what_tensors_give_back_is_kept() -> None:
-    """Pages that the kernel hands out while tensors of a few megabytes come and go, in processes of their own."""
-    assert _pages("keep_memory()") < 100 < _pages("pass")
+    """Pages that the kernel hands out while tensors of 40 MB come and go, in processes of their own: glibc by itself
+    maps each of more than 32 MB anew."""
+    assert _pages("keep_memory()") < 1000 < _pages("pass")
 
 
 def _pages(first: str) -> int:
@@ -34,8 +35,8 @@ import resource, torch
 from recsys.machine import keep_memory
 {first}
 def turn():
-    for _ in range(20):
-        parts = [torch.ones(1 << 20, dtype=torch.float32) for _ in range(8)]
+    for _ in range(5):
+        parts = [torch.ones(10 << 20, dtype=torch.float32) for _ in range(3)]
 turn()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 turn()
