@@ -25,7 +25,7 @@ pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).parents[2]
 DEAD_AFTER_S = 6.0
-CLOSED_S, SILENT_S, FAILED_S = 15.0, DEAD_AFTER_S + 10, 5.0
+CLOSED_S, SILENT_S, FAILED_S = 15.0, DEAD_AFTER_S + 10, 15.0
 """Within which the others end (docs/distributed.md): a rank is killed, is silent, or fails and says why."""
 
 ONE_HOST = ("--standalone", "--nproc-per-node=2", "--max-restarts=2")
