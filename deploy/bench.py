@@ -6,10 +6,11 @@ random times (Poisson) whether or not the server keeps up, and each waits from i
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
@@ -19,11 +20,13 @@ import numpy.typing as npt
 import psutil
 from tritonclient.grpc import service_pb2
 
+from deploy.connect import channel_to
 from etl.faults import Fault
 from etl.transform import Packed
 
 _INFER = "/inference.GRPCInferenceService/ModelInfer"
 _CHANNEL = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+_KINDS = {np.int64: "INT64", np.float64: "FP64"}
 _DEADLINE_S = 10.0
 _MOST_IN_FLIGHT = 512  # of an open loop: beyond, the server has lost the race and the rest would only queue here
 _WARM_UP_S = 0.5
@@ -31,11 +34,12 @@ _WARM_UP_S = 0.5
 
 @dataclass(frozen=True)
 class Load:
-    """`rate` is requests/s of an open loop; None is a closed loop of `clients`."""
+    """`rate` is requests/s of an open loop; None is a closed loop of `clients`. `tls` is a folder, see `connect`."""
 
     clients: int = 8
     rate: float | None = None
     seconds: float = 4.0
+    tls: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,30 @@ def requests_of(packed: Packed, model: str, *, rows: int, most: int = 64) -> lis
     count = min(most, max(1, len(packed.keys) * 4 // rows))
     take = np.arange(count * rows) % len(packed.keys)
     return [
-        _request(model, keys=packed.keys[part], numbers=packed.numbers[part]) for part in np.array_split(take, count)
+        _request(model, {"keys": packed.keys[part], "numbers": packed.numbers[part]}, asked="score")
+        for part in np.array_split(take, count)
     ]
 
 
-def _request(model: str, *, keys: npt.NDArray[np.int64], numbers: npt.NDArray[np.float64]) -> bytes:
+def ranking_requests_of(users: Packed, items: Packed, *, model: str, candidates: int, most: int = 64) -> list[bytes]:
+    """Requests of one user and so many candidates each, over the packed users and candidates again and again."""
+    count = min(most, max(1, len(items.keys) * 4 // candidates))
+    take = np.arange(count * candidates) % len(items.keys)
+    found = []
+    for at, part in enumerate(np.array_split(take, count)):
+        one = [at % len(users.keys)]
+        inputs = {"user_keys": users.keys[one], "user_numbers": users.numbers[one]}
+        inputs |= {"item_keys": items.keys[None, part], "item_numbers": items.numbers[None, part]}
+        found.append(_request(model, inputs, asked="rank_score"))
+    return found
+
+
+def _request(model: str, inputs: Mapping[str, npt.NDArray[Any]], *, asked: str) -> bytes:
     message = service_pb2.ModelInferRequest(model_name=model)
-    message.outputs.add(name="score")
-    for name, kind, array in (("keys", "INT64", keys), ("numbers", "FP64", numbers)):
+    message.outputs.add(name=asked)
+    for name, array in inputs.items():
         if array.size:
-            message.inputs.add(name=name, datatype=kind, shape=array.shape)
+            message.inputs.add(name=name, datatype=_KINDS[array.dtype.type], shape=array.shape)
             message.raw_input_contents.append(np.ascontiguousarray(array).tobytes())
     text: bytes = message.SerializeToString()
     return text
@@ -78,9 +96,9 @@ def load_server(url: str, requests: Sequence[bytes], *, rows: int, load: Load, s
 
     Raises Fault where not one request is answered.
     """
-    with grpc.insecure_channel(url, options=_CHANNEL) as channel:
+    with channel_to(url, tls=load.tls, options=_CHANNEL) as channel:
         call = channel.unary_unary(_INFER)
-        _run(call, requests, load=Load(load.clients, load.rate, _WARM_UP_S))
+        _run(call, requests, load=replace(load, seconds=_WARM_UP_S))
         before_s = cpu_seconds(pid)
         begin = time.perf_counter()
         latencies, errors = _run(call, requests, load=load)

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +13,13 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from deploy.bench import Load, Measured, load_server, requests_of, run_in_process
+from deploy.bench import Load, Measured, load_server, ranking_requests_of, requests_of, run_in_process
 from deploy.bundle import MODEL, Bundle, read_bundle
 from deploy.connect import connect
 from deploy.offline import offline_run
 from deploy.repository import config_text, make_repository
 from deploy.server import EmbeddedServer, Endpoint, ServerOptions
-from etl.artifact import write_json, write_text
+from etl.artifact import Json, write_json, write_text
 from etl.faults import Fault
 from etl.pack import pack
 from etl.sources import read_raw_split
@@ -38,29 +38,33 @@ import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def execute(self, requests):
-        return [pb_utils.InferenceResponse([pb_utils.Tensor("score", self._zeros(request))]) for request in requests]
+        given = [{tensor.name(): tensor.as_numpy() for tensor in request.inputs()} for request in requests]
+        return [pb_utils.InferenceResponse([self._zeros(arrays)]) for arrays in given]
 
-    def _zeros(self, request):
-        tensors = [tensor.as_numpy() for tensor in request.inputs()]
-        return np.zeros((len(tensors[0]), TASKS), np.float32)
+    def _zeros(self, arrays):
+        items = [array for name, array in arrays.items() if name.startswith("item_")]
+        if items:
+            return pb_utils.Tensor("rank_score", np.zeros((*items[0].shape[:2], TASKS), np.float32))
+        return pb_utils.Tensor("score", np.zeros((len(next(iter(arrays.values()))), TASKS), np.float32))
 """
 
 
-def bench_bundle(bundle_dir: Path, *, rows: int, load: Load) -> list[Measured]:
-    """The sides in turns, each the better of two rounds: served, echo, and eager in process, one thread each.
+def bench_bundle(bundle_dir: Path, *, rows: int, load: Load, ranked: bool = False) -> list[Measured]:
+    """The sides in turns, each the better of two rounds: served, echo, and eager in process, one thread each. `ranked`:
+    the rows of a request are one user's candidates; in process they are written out.
 
-    Raises Fault, Faults: no sound bundle, or the run or the raw rows that it was made from are gone.
+    Raises Fault, Faults: no sound bundle, or the run or the raw rows that it was made from are gone; it does not rank.
     """
     bundle = read_bundle(bundle_dir)
     packed = packed_rows(bundle_dir, bundle)
+    requests = {model: _requests(bundle_dir, bundle, model=model, rows=rows, ranked=ranked) for model in (MODEL, ECHO)}
     torch.set_num_threads(1)
     eager = _Eager(Path(bundle.run), packed, rows=rows)
     with _serving(bundle_dir, bundle) as endpoint:
         sides: dict[str, list[Measured]] = {"served": [], "echo": [], "eager in process": []}
         for _ in range(_ROUNDS):
             for side, model in (("served", MODEL), ("echo", ECHO)):
-                requests = requests_of(packed, model, rows=rows)
-                found = load_server(endpoint.url, requests, rows=rows, load=load, side=side, pid=endpoint.pid)
+                found = load_server(endpoint.url, requests[model], rows=rows, load=load, side=side, pid=endpoint.pid)
                 sides[side].append(found)
             sides["eager in process"].append(
                 run_in_process(eager, rows=rows, seconds=load.seconds, side="eager in process")
@@ -68,39 +72,68 @@ def bench_bundle(bundle_dir: Path, *, rows: int, load: Load) -> list[Measured]:
     return [max(found, key=lambda each: each.rows_per_s) for found in sides.values()]
 
 
-def bench_server(url: str, *, rows: int, load: Load) -> list[Measured]:
-    """A server that runs, with random rows: it knows few of their ids. Raises Fault where none answers."""
-    signature = _signature(url)
+def bench_server(url: str, *, rows: int, load: Load, ranked: bool = False) -> list[Measured]:
+    """A server that runs, with random rows: it knows few of their ids. Raises Fault where none answers, or ranks."""
+    described = _described(url, load.tls)
     generator = np.random.default_rng(1)
-    keys = generator.integers(1, 2**62, (_ROWS, len(signature.packed_names(signature.keys))))
-    numbers = generator.exponential(1.0, (_ROWS, len(signature.packed_names(signature.numbers))))
-    requests = requests_of(Packed(keys, numbers), MODEL, rows=rows)
+    if ranked:
+        if "ranking" not in described:
+            raise _rows_alone(url)
+        users, items = (_random(described["ranking"][part], generator) for part in ("user", "items"))
+        requests = ranking_requests_of(users, items, model=MODEL, candidates=rows)
+    else:
+        requests = requests_of(_random(described, generator), MODEL, rows=rows)
     return [load_server(url, requests, rows=rows, load=load, side="served", pid=None)]
 
 
-def packed_rows(bundle_dir: Path, bundle: Bundle) -> Packed:
-    """The first raw test rows as they travel."""
+def _random(described: Mapping[str, Json], generator: np.random.Generator) -> Packed:
+    signature = Signature.from_json(described)
+    keys = generator.integers(1, 2**62, (_ROWS, len(signature.packed_names(signature.keys))))
+    return Packed(keys, generator.exponential(1.0, (_ROWS, len(signature.packed_names(signature.numbers)))))
+
+
+def _requests(bundle_dir: Path, bundle: Bundle, *, model: str, rows: int, ranked: bool) -> list[bytes]:
+    if not ranked:
+        return requests_of(packed_rows(bundle_dir, bundle), model, rows=rows)
+    if not bundle.serve.user:
+        raise _rows_alone(str(bundle_dir))
+    halves = (bundle.serve.user, set(bundle.signature.columns) - set(bundle.serve.user))
+    users, items = (packed_rows(bundle_dir, bundle, columns=columns) for columns in halves)
+    return ranking_requests_of(users, items, model=model, candidates=rows)
+
+
+def _rows_alone(place: str) -> Fault:
+    remedy = "name the user's columns in [serve] user and export again, or send rows"
+    return Fault(place, got="a model of rows alone", wanted="one that ranks", remedy=remedy)
+
+
+def packed_rows(bundle_dir: Path, bundle: Bundle, *, columns: Collection[str] | None = None) -> Packed:
+    """The first raw test rows, or some columns of theirs, as they travel."""
     raw = read_raw_split(read_experiment(bundle_dir), "test").slice(0, _ROWS)
-    return pack(raw.select(list(bundle.signature.columns)), Signature.from_json(bundle.signature.model_dump()))
+    part = bundle.signature.part(bundle.signature.columns if columns is None else columns)
+    return pack(raw.select(list(part.columns)), Signature.from_json(part.model_dump()))
 
 
-def _signature(url: str) -> Signature:
+def _described(url: str, tls: Path | None) -> Mapping[str, Json]:
+    """The served signature."""
     try:
-        with connect(url, tls=None) as client:
+        with connect(url, tls=tls) as client:
             config = client.get_model_config(MODEL, client_timeout=_TIMEOUT_S).config
-        return Signature.from_json(json.loads(config.parameters["signature"].string_value))
+        described: Mapping[str, Json] = json.loads(config.parameters["signature"].string_value)
     except (InferenceServerException, ValueError) as error:
         remedy = "give the gRPC address of a 'deploy serve'"
         raise Fault(url, got=str(error), wanted="a server that serves a bundle", remedy=remedy) from None
+    return described
 
 
-def write_results(folder: Path, results: list[Measured], *, rows: int, load: Load) -> None:
+def write_results(folder: Path, results: list[Measured], *, about: Mapping[str, int], load: Load) -> None:
     """bench.json, and bench.svg with the distribution of the latencies."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     plain = [{name: value for name, value in asdict(each).items() if name != "latencies_ms"} for each in results]
-    write_json(folder / "bench.json", {"rows": rows, "load": asdict(load), "sides": plain})
+    told = {"clients": load.clients, "rate": load.rate, "seconds": load.seconds}
+    write_json(folder / "bench.json", {**about, "load": told, "sides": plain})
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for each in results:
@@ -142,7 +175,9 @@ def add_echo(repository: Path, *, tasks: int) -> None:
     config = text_format.Parse((repository / MODEL / "config.pbtxt").read_text(encoding="utf-8"), pb.ModelConfig())
     config.name = ECHO
     config.version_policy.specific.versions[:] = [1]
-    del config.output[1:]  # the score stays
+    scores = [output for output in config.output if output.name.endswith("score")]
+    del config.output[:]
+    config.output.extend(scores)
     config.ClearField("parameters")
     (repository / ECHO / "1").mkdir(parents=True)
     write_text(repository / ECHO / "config.pbtxt", config_text(config))

@@ -1,11 +1,13 @@
 """The commands of serving."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploy.bench_options import BenchOptions
 from etl.faults import exit_on_fault
+from etl.options import an_option_for_each_field
 
 if TYPE_CHECKING:
     from deploy.control import Server
@@ -184,15 +186,11 @@ def verify(
             raise SystemExit(1)
 
 
-@app.command()
-def bench(
+@app.command("bench")
+@an_option_for_each_field(BenchOptions)
+def _bench(
     bundle: Annotated[Path | None, typer.Argument(help="A bundle: served here, beside an empty model.")] = None,
-    *,
-    url: Annotated[str | None, typer.Option(help="Or a server that runs, HOST:PORT (gRPC), with random rows.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a request.")] = 64,
-    concurrency: Annotated[int, typer.Option(min=1, help="Clients of the closed loop.")] = 8,
-    rate: Annotated[float | None, typer.Option(min=0.1, help="Open loop instead: requests/s at random times.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.svg.")] = None,
+    **options: Any,
 ) -> None:
     """Measure latencies, rows/s and CPU time a row; with a bundle also those of an empty model and of eager scoring."""
     with exit_on_fault():
@@ -201,24 +199,22 @@ def bench(
         quiet_libraries()
         from deploy.bench import Load
         from deploy.bench_bundle import bench_bundle, bench_server, write_results
-        from etl.faults import Fault
 
-        load = Load(concurrency, rate)
-        if bundle is not None and url is None:
-            results = bench_bundle(bundle, rows=rows, load=load)
-        elif url is not None and bundle is None:
-            results = bench_server(url, rows=rows, load=load)
+        chosen = BenchOptions(**options)
+        chosen.refuse_two_places(bundle)
+        load = Load(chosen.concurrency, chosen.rate, tls=chosen.tls)
+        if bundle is not None:
+            results = bench_bundle(bundle, rows=chosen.rows, load=load, ranked=chosen.ranked)
         else:
-            wanted, remedy = "either of the two", "see 'deploy bench --help'"
-            raise Fault("bench", got="a bundle and --url, or neither", wanted=wanted, remedy=remedy)
-        print(f"{rows} rows a request, " + (f"{rate:g} requests/s" if rate else f"{concurrency} clients"))
+            results = bench_server(str(chosen.url), rows=chosen.rows, load=load, ranked=chosen.ranked)
+        print(chosen)
         print(f"{'':18}{'rows/s':>10}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'CPU us/row':>12}{'failed':>8}")
         for each in results:
             cpu = "" if each.cpu_us_per_row is None else f"{each.cpu_us_per_row:.2f}"
             times = "".join(f"{value:9.2f}" for value in (each.p50_ms, each.p95_ms, each.p99_ms))
             print(f"{each.side:18}{each.rows_per_s:10,.0f}{times}{cpu:>12}{each.failed:8,}")
-        if out is not None:
-            write_results(out, results, rows=rows, load=load)
+        if chosen.out is not None:
+            write_results(chosen.out, results, about={"rows": chosen.rows, "ranked": chosen.ranked}, load=load)
 
 
 def _servers(urls: list[str] | None, *, repo: Path, key_file: Path | None, tls: Path | None) -> "list[Server]":

@@ -1,8 +1,10 @@
 """A gRPC connection to a Triton server, plain or with TLS."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
+import grpc
 import tritonclient.grpc as triton_grpc
 import tritonclient.grpc.aio as triton_grpc_aio
 
@@ -36,6 +38,16 @@ def connect(url: str, *, tls: Path | None) -> triton_grpc.InferenceServerClient:
 def connect_async(url: str, *, tls: Path | None) -> triton_grpc_aio.InferenceServerClient:
     """The same for asyncio, inside of a running loop."""
     return triton_grpc_aio.InferenceServerClient(url, channel_args=_CHANNEL, **_tls(tls))
+
+
+def channel_to(url: str, *, tls: Path | None, options: Sequence[tuple[str, int]]) -> grpc.Channel:
+    """A bare channel, for whoever writes requests of their own. Raises Fault as `connect`."""
+    given = _tls(tls)
+    if not given:
+        return grpc.insecure_channel(url, options=options)
+    files = (given["root_certificates"], given["private_key"], given["certificate_chain"])
+    credentials = grpc.ssl_channel_credentials(*(Path(file).read_bytes() if file else None for file in files))
+    return grpc.secure_channel(url, credentials, options=options)
 
 
 def _tls(folder: Path | None) -> _Tls:

@@ -1,17 +1,15 @@
 """The commands of training."""
 
-import dataclasses
-import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from etl.faults import exit_on_fault
+from etl.options import an_option_for_each_field
 from recsys.plan_options import PlanOptions
 
 if TYPE_CHECKING:
@@ -121,25 +119,8 @@ def predict(
         print(f"{output}: {run_prediction(run, rows=input_, output=output):,} rows")
 
 
-def _with_plan_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Spells a command's `**options` out, as one option for each field."""
-    first = next(iter(inspect.signature(command).parameters.values()))
-    options = [
-        first.replace(
-            name=field.name,
-            kind=first.KEYWORD_ONLY,
-            annotation=Annotated[field.type, typer.Option(help=field.metadata["help"])],
-            default=field.default,
-        )
-        for field in dataclasses.fields(PlanOptions)
-    ]
-    vars(command)["__signature__"] = inspect.Signature([first, *options])
-    command.__annotations__ |= {option.name: option.annotation for option in options}
-    return command
-
-
 @app.command("plan")
-@_with_plan_options
+@an_option_for_each_field(PlanOptions)
 def _plan(experiment: ExperimentFile, **options: Any) -> None:
     """Say which rank will hold what and in how much memory, for hardware that need not be there."""
     with exit_on_fault():

@@ -1,6 +1,7 @@
 """`deploy bench` on a real server: every side with its figures, as a table, as JSON and as a plot."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from deploy.bench import Load, load_server, requests_of
 from deploy.bench_bundle import packed_rows
 from deploy.bundle import MODEL, read_bundle
 from etl.faults import Fault
+from tests.deploy.test_hardening import certificates
 from tests.deploy.test_serving import deploy, serving
 
 
@@ -42,7 +44,39 @@ def test_an_open_loop_sends_at_its_rate_and_a_server_alone_will_do(bundle: Path,
     assert "2 rows a request, 20 requests/s" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.triton
+def test_the_candidates_of_a_user(bundle: Path, tmp_path: Path) -> None:
+    done = deploy("bench", bundle, "--ranked", "--rows", 20, "--concurrency", 2, "--out", tmp_path / "bench")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "20 candidates a request, 2 clients" in done.stdout
+    written = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert (written["rows"], written["ranked"]) == (20, True)
+    assert [side["side"] for side in written["sides"]] == ["served", "echo", "eager in process"]
+    assert all(side["failed"] == 0 and side["requests"] > 0 for side in written["sides"])
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make certificates with")
+def test_a_server_that_asks_for_certificates(bundle: Path, tmp_path: Path) -> None:
+    own = certificates(tmp_path / "certificates")
+    (tmp_path / "network.toml").write_text('tls = "certificates"\n')
+    with serving(bundle, "--network", tmp_path / "network.toml") as (_, url):
+        done = deploy(
+            "bench", "--url", url, "--tls", own, "--ranked", "--rows", 20, "--rate", 20, "--out", tmp_path / "b"
+        )
+        refused = deploy("bench", "--url", url, "--rows", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (side,) = json.loads((tmp_path / "b" / "bench.json").read_text())["sides"]
+    assert side["failed"] == 0 and side["requests"] > 0
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+
+
 def test_either_a_bundle_or_a_server() -> None:
     done = deploy("bench")
     assert done.returncode == 2
     assert "wanted either of the two" in done.stderr
+    done = deploy("bench", "bundle", "--tls", "certificates")
+    assert done.returncode == 2
+    assert "got --tls with a bundle" in done.stderr
