@@ -51,7 +51,11 @@ def publish(bundle_dir: Path, folder: Path, *, servers: Sequence[Server], keep: 
                 with _trial(repository, server) as url:
                     _require_golden_scores(bundle_dir, bundle, url=url, tls=server.tls if server else None)
             repository.adopt(number)
-        _swap(repository, number, servers=servers)
+        try:
+            _swap(repository, number, servers=servers)
+        except BaseException:
+            repository.prune(keep=number)  # the new one alone: later it would pass for one that was served
+            raise
         repository.prune(keep=keep)
         return Published(number, before, tuple(repository.versions()))
 
