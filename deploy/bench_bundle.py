@@ -175,7 +175,9 @@ def add_echo(repository: Path, *, tasks: int) -> None:
     config = text_format.Parse((repository / MODEL / "config.pbtxt").read_text(encoding="utf-8"), pb.ModelConfig())
     config.name = ECHO
     config.version_policy.specific.versions[:] = [1]
-    del config.output[1:]  # the score stays
+    scores = [output for output in config.output if output.name.endswith("score")]
+    del config.output[:]
+    config.output.extend(scores)
     config.ClearField("parameters")
     (repository / ECHO / "1").mkdir(parents=True)
     write_text(repository / ECHO / "config.pbtxt", config_text(config))
