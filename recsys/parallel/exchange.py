@@ -2,7 +2,7 @@
 
 In the place of two exchanges of torchrec's. gloo knows no reduce-scatter, so torch makes one of an all-reduce of the
 sums for all ranks: twice the bytes, and a copy. And torchrec's all-to-all of whole rows copies them four times a step
-more than what has to be sent.
+more than has to be.
 """
 
 from collections.abc import Sequence
@@ -70,27 +70,33 @@ class Sent(Awaitable[Tensor]):  # type: ignore[misc]
         return torch.as_tensor(_Arrived.apply(self._looked_GD, self))  # type: ignore[no-untyped-call]
 
     def arrived(self) -> Tensor:
-        """[B, D], once all of it is here."""
-        _wait(self._works)
+        """[B, D], once all of it is here; what this rank has by itself is brought into place meanwhile."""
         found, self._found = self._found, []
-        if self.joined:
-            return torch.cat(found, dim=1)
-        total_BD = found[self.rank].clone()
-        for rank, other_BD in enumerate(found):
-            if rank != self.rank:
-                total_BD += other_BD
-        return total_BD
+        own, peers = self.rank, [rank for rank in range(len(found)) if rank != self.rank]
+        if not self.joined:
+            _wait(self._works)
+            return sum((found[rank] for rank in peers), start=found[own])
+        joined_BD = found[own].new_empty(len(found[own]), sum(self.widths))
+        columns = torch.split(joined_BD, list(self.widths), dim=1)
+        columns[own].copy_(found[own])
+        _wait(self._works)
+        for rank in peers:
+            columns[rank].copy_(found[rank])
+        return joined_BD
 
     def sent_back(self, gradient_BD: Tensor) -> Tensor:
         """The gradient of what this rank looked up [G, D], from those of what each rank received."""
         own_GD = gradient_BD.new_empty(sum(self.rows), self.widths[self.rank])
         own, ranks = torch.split(own_GD, list(self.rows)), self.group.size()
         if self.joined:
-            means = [columns / ranks for columns in torch.split(gradient_BD, list(self.widths), dim=1)]
+            of_rank = torch.split(gradient_BD, list(self.widths), dim=1)
+            means = [own[at] if at == self.rank else part / ranks for at, part in enumerate(of_rank)]
         else:
+            of_rank = (gradient_BD,) * ranks
             means = [gradient_BD / ranks] * ranks
-        own[self.rank].copy_(means[self.rank])
-        _wait(_exchange(means, into=own, group=self.group))
+        works = _exchange(means, into=own, group=self.group)
+        torch.div(of_rank[self.rank], ranks, out=own[self.rank])
+        _wait(works)
         return own_GD
 
 

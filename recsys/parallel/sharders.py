@@ -95,7 +95,7 @@ class _Tables(ShardedEmbeddingBagCollection):  # type: ignore[misc]
 
     def exchange_over_gloo(self) -> None:
         """Takes the place of torchrec's exchanges of row_wise and of table_wise lookups that send fp32 over gloo."""
-        for output in self._output_dists if self._device.type == "cpu" else ():
+        for output in self._output_dists if self._device.type == "cpu" and self._env.world_size > 1 else ():
             if isinstance(output, RwPooledEmbeddingDist) and output._codecs is None:
                 output._dist = Scatter(output._pg)
             elif isinstance(output, TwPooledEmbeddingDist) and output._codecs is None and not output._callbacks:
