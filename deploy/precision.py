@@ -60,7 +60,7 @@ def costs(network: Network, schema: Schema, *, valid: Path, limit_rows: int, tol
                 rows=len(labels_RT),
                 auc=_by_task(metrics, "auc", tasks=schema.task_names),
                 ne=_by_task(metrics, "ne", tasks=schema.task_names),
-                difference=_difference(served, rows),
+                difference=_change(logits_RT, rows),
             )
         )
     return tuple(found)
@@ -84,7 +84,7 @@ def fitted(network: Network, wanted: Precision, *, rows: Rows, tolerance: float)
     served = served_network(network, Precision(stored))
     if holds(with_bf16(served, keep=())):
         return Precision(stored, "bf16")
-    exact, layers = served_network(network), wide_layers(network.head)
+    exact, layers = served if stored == "fp32" else served_network(network), wide_layers(network.head)
     kept = tuple(layers)
     alone = {name: with_bf16(exact, keep=set(layers) - {name}) for name in layers}
     change = {name: _difference(alone[name], rows) / layers[name].weight.numel() for name in layers}
@@ -153,8 +153,11 @@ def _logits_RT(served: ServedNetwork, ids_RS: Tensor, *, floats_RN: Tensor) -> T
 
 
 def _difference(served: ServedNetwork, rows: Rows) -> float:
+    return _change(_logits_RT(served, rows.ids_RS, floats_RN=rows.floats_RN), rows)
+
+
+def _change(logits_RT: Tensor, rows: Rows) -> float:
     """The largest change of a probability."""
-    logits_RT = _logits_RT(served, rows.ids_RS, floats_RN=rows.floats_RN)
     return float((logits_RT.sigmoid() - rows.probability_RT).abs().max())
 
 

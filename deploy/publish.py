@@ -38,7 +38,7 @@ def publish(bundle_dir: Path, folder: Path, *, servers: Sequence[Server], keep: 
 
     Raises:
         Fault: it does not load or not score as offline, its signature is another than the served one's, or a server
-            can't be asked. Then the repository and all servers are as they were.
+            can't be asked. Then the repository and all servers are as they were, but those that the fault names.
         Faults: files that differ from what was exported.
     """
     bundle = read_bundle(bundle_dir)
@@ -53,6 +53,8 @@ def publish(bundle_dir: Path, folder: Path, *, servers: Sequence[Server], keep: 
             repository.adopt(number)
         try:
             _swap(repository, number, servers=servers)
+        except _Unrestored:
+            raise  # what a server still runs stays
         except BaseException:
             repository.prune(keep=number)  # the new one alone: later it would pass for one that was served
             raise
@@ -91,18 +93,28 @@ def _swap(repository: Repository, number: int, *, servers: Sequence[Server]) -> 
                 if control.served_bundle(MODEL, number) != wanted:
                     remedy = f"is {repository.folder} the repository of this server?"
                     raise Fault(server.url, got="another bundle", wanted=f"version {number}", remedy=remedy)
-    except BaseException:
-        _restore(repository, before, servers=servers)
+    except BaseException as error:
+        if left := _restore(repository, before, servers=servers):
+            got, remedy = f"servers that may run version {number}, after: {error}", "restart them"
+            raise _Unrestored(", ".join(left), got=got, wanted="the version before", remedy=remedy) from error
         raise
 
 
-def _restore(repository: Repository, before: pb.ModelConfig | None, *, servers: Sequence[Server]) -> None:
+class _Unrestored(Fault):
+    """Some servers could not be brought back."""
+
+
+def _restore(repository: Repository, before: pb.ModelConfig | None, *, servers: Sequence[Server]) -> list[str]:
+    """All as it was; returns the addresses of the servers that could not be asked."""
     repository.restore(before)
-    if before is None:
-        return
+    left = []
     for server in servers:  # where the old version still runs, this says that it is the wanted one
-        with suppress(Fault), ModelControl(server) as control:
-            control.load(MODEL)
+        try:
+            with ModelControl(server) as control:
+                control.unload(MODEL) if before is None else control.load(MODEL)
+        except Fault:
+            left.append(server.url)
+    return left
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def write_reference(run: Path, folder: Path, *, schema: Schema, dataset: Path) -
     Raises:
         Fault: the run's predictions are gone.
     """
-    has_rows = (dataset / "manifest.json").is_file()
+    has_rows = (dataset / "valid").is_dir()
     parts = {
         "scores": _scores(run, schema),
         "features": _values(dataset, schema) if has_rows else {},

@@ -102,15 +102,17 @@ def new_folder(target: Path, *, marker: str) -> Iterator[Path]:
 
 
 def recover(target: Path) -> None:
-    """Removes what this process and ones that are no more have left beside a folder.
+    """Removes what this process and ones that are no more have left beside a folder; what other hosts left stays.
 
     Where one ended after it had moved the old folder away and before the new one stood there, the old one comes back.
     """
     target = target.resolve()
-    name = re.compile(rf"\.{re.escape(target.name)}\.(?P<process>[0-9]+)\.(?P<kind>partial|old)(\..*)?")
+    kinds = r"(?:partial(?:\..*)?|(?P<old>old))"
+    name = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(_host())}\.(?P<process>[0-9]+)\.{kinds}")
     for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
-        if (found := name.fullmatch(path.name)) and not _runs_elsewhere(int(found["process"])):
-            if found["kind"] == "old" and not target.exists():
+        found = name.fullmatch(path.name) if path.is_dir() else None
+        if found and not _runs_elsewhere(int(found["process"])):
+            if found["old"] and not target.exists():
                 path.replace(target)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -131,7 +133,12 @@ def _is_empty(target: Path) -> bool:
 
 
 def _beside(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
+    return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.{kind}")
+
+
+def _host() -> str:
+    """Process numbers mean nothing on another host or in another container, which may see the same folder."""
+    return os.uname().nodename
 
 
 def _swap(beside: Path, target: Path) -> None:

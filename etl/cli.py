@@ -1,12 +1,10 @@
 """The commands of the ETL."""
 
 import contextlib
-import dataclasses
 import gc
-import inspect as inspection
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from etl.faults import exit_on_fault, exit_on_termination
+from etl.options import an_option_for_each_field
 from etl.progress import Progress
 from etl.synth.options import Options
 
@@ -132,29 +131,8 @@ def _print_tables(found: dict[str, Any]) -> None:
     console.print(_table("dense features after scaling: shares of missing values, drift from training (PSI)", dense))
 
 
-def _with_options(record: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Spells a command's `**options` out, as one option for each field of a dataclass."""
-
-    def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
-        first = next(iter(inspection.signature(command).parameters.values()))
-        options = [
-            first.replace(
-                name=field.name,
-                kind=first.KEYWORD_ONLY,
-                annotation=Annotated[field.type, typer.Option(help=field.metadata["help"])],
-                default=first.empty if field.default is dataclasses.MISSING else field.default,
-            )
-            for field in dataclasses.fields(record)
-        ]
-        vars(command)["__signature__"] = inspection.Signature([first, *options])
-        command.__annotations__ |= {option.name: option.annotation for option in options}
-        return command
-
-    return spelled_out
-
-
 @app.command("synth")
-@_with_options(Options)
+@an_option_for_each_field(Options)
 def _synth(
     out: Annotated[Path, typer.Argument(help="The folder to write; an older one of this kind is replaced.")],
     **options: Any,

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from etl.section import Name, Section
 
 TEXT_TABLES = ("csv", "tsv")
-OWN_COLUMNS = ("label:", "group:", "day:", "split:", "row:", "history:", "negatives:", "position:")
+OWN_COLUMNS = ("label:", "group:", "weight:", "day:", "split:", "row:", "history:", "negatives:", "position:")
 """How the names begin of columns that are made beside those of the files."""
 
 
@@ -159,6 +159,9 @@ class Data(Section):
             raise ValueError(f"'columns' belongs to csv and tsv, not to {self.format}")
         if self.quote is not None and self.format not in TEXT_TABLES:
             raise ValueError(f"'quote' belongs to csv and tsv, not to {self.format}")
+        delimiter = "\t" if self.format == "tsv" else ","
+        if self.quote and (not self.quote.isascii() or not self.quote.isprintable() or self.quote == delimiter):
+            raise ValueError("'quote' is a printable ASCII letter other than the delimiter, or ''")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError("'columns' names a column twice")
         return self

@@ -59,17 +59,17 @@ def read_parent(spec: FeatureSpec, folder: Path | None, *, refit_numbers: bool) 
         hash=sha256(path),
         steps={step["name"]: step for step in [*state["features"], *state["dense"]]},
         seen=tuple(made["counted"]),
-        new_rows=_are_new(_training(spec), made["counted"], place=f"data.train, to extend {folder}"),
+        new_rows=_are_new(training(spec), made["counted"], place=f"data.train, to extend {folder}"),
         refit_numbers=refit_numbers,
     )
 
 
-def record(spec: FeatureSpec, parent: Parent | None, *, tables: Sequence[Table]) -> Json:
-    """What the manifest says for later days: the features, the training files seen, and the rows added to the parent.
+def record(spec: FeatureSpec, parent: Parent | None, *, tables: Sequence[Table], own: Json) -> Json:
+    """What the manifest says for later days: the features, the training files seen (`own`: of this job), and the rows
+    added to the parent.
 
     `extended.tables` holds for each table with a vocabulary the first added row and the rows in all: `from` to `to`.
     """
-    own = _training(spec)
     if parent is None:
         return {"sections": _sections(spec), "counted": [own]}
     old = read_schema(parent.folder)
@@ -134,7 +134,7 @@ def _said(settings: Json, key: str) -> str:
     return repr(settings[key]) if key in settings else "nothing"
 
 
-def _training(spec: FeatureSpec) -> Json:
+def training(spec: FeatureSpec) -> Json:
     """The training files that hold rows, each with the digest of its bytes, and one of what else decides the rows."""
     paths = [path for path in files(spec.data.train, what="train") if holds_rows(spec.data, path)]
     with ThreadPoolExecutor() as pool:

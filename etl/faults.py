@@ -1,9 +1,12 @@
 """The user's faults: what every command reports in the same four words and exits with code 2."""
 
 import contextlib
+import errno
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Fault(Exception):
@@ -27,11 +30,13 @@ def exit_on_fault() -> Iterator[None]:
     """Ends a command with the faults on stderr and exit code 2, without a traceback; what the system refuses is one."""
     try:
         yield
-    except BrokenPipeError:
-        raise  # the reader of the output has gone, nobody waits for a sentence
-    except (Fault, Faults, OSError) as faults:
-        said = _of_system(faults) if isinstance(faults, OSError) else faults
-        sys.stderr.write(f"{said}\n")
+    except OSError as error:
+        if error.filename is None and error.errno not in _NO_SPACE:
+            raise  # of the network, or of a reader of the output that has gone: no path is at fault
+        sys.stderr.write(f"{_of_system(error)}\n")
+        raise SystemExit(2) from None
+    except (Fault, Faults) as faults:
+        sys.stderr.write(f"{faults}\n")
         raise SystemExit(2) from None
 
 

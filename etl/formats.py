@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def holds_rows(data: Data, path: Path) -> bool:
 
 def _first_lines(path: Path) -> tuple[int, int]:
     """Lines of the first MBs, and the bytes on disk that were read for them."""
-    packed = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    packed = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}.get(path.suffix)
     with pa.OSFile(str(path)) as file:
         stream = pa.CompressedInputStream(file, packed) if packed else file
         return stream.read(_BLOCK_BYTES).count(b"\n"), file.tell()
@@ -151,21 +152,43 @@ def _header(data: Data, lines: list[str]) -> list[str]:
 def _uncommented(data: Data, path: Path) -> pa.NativeFile:
     """The bytes of a text file without its comment lines, however many fields these seem to have."""
     stream = pa.input_stream(str(path), compression="detect")
-    return pa.TransformInputStream(stream, _Uncommented(data.comment.encode())) if data.comment else stream
+    return pa.TransformInputStream(stream, _Uncommented(data)) if data.comment else stream
 
 
 class _Uncommented:
-    """Whole lines of the blocks so far that are no comments; an empty block ends the file."""
+    """Whole lines of the blocks so far that are no comments; an empty block ends the file.
 
-    def __init__(self, comment: bytes) -> None:
-        self._comment, self._rest = comment, b""
+    A line within a quoted value is none, whatever it starts with.
+    """
+
+    def __init__(self, data: Data) -> None:
+        self._comment, self._rest = (data.comment or "").encode(), b""
+        self._quote, self._open = (data.quotes or "").encode(), False
+        quote, delimiter = re.escape(self._quote), re.escape(_delimiter(data).encode())
+        quoted = rb"(?:%b(?:[^%b]|%b%b)*(%b|\Z))?" % (quote, quote, quote, quote, quote) if quote else b"()"
+        self._field = re.compile(quoted + rb"[^%b]*(?:%b|\Z)" % (delimiter, delimiter), re.DOTALL)
 
     def __call__(self, block: pa.Buffer) -> bytes:
         whole, newline, rest = (self._rest + bytes(block)).rpartition(b"\n")
         lines, self._rest = (whole + newline, rest) if block else (self._rest, b"")
-        if not lines.startswith(self._comment) and b"\n" + self._comment not in lines:
+        quoted = self._open or (self._quote and self._quote in lines)
+        if not quoted and not lines.startswith(self._comment) and b"\n" + self._comment not in lines:
             return lines
-        return b"".join(line for line in lines.splitlines(keepends=True) if not line.startswith(self._comment))
+        return b"".join(line for line in lines.splitlines(keepends=True) if self._is_kept(line))
+
+    def _is_kept(self, line: bytes) -> bool:
+        if not self._open and line.startswith(self._comment):
+            return False
+        if self._quote and self._quote in line:
+            self._open = self._ends_within_quotes(self._quote + line if self._open else line)
+        return True
+
+    def _ends_within_quotes(self, line: bytes) -> bool:
+        """Whether the last value is quoted and goes on in the next line; a quote within a plain value is a letter."""
+        end, closing = 0, None
+        while end < len(line) and (field := self._field.match(line, end)):
+            end, closing = field.end(), field[1]
+        return closing == b""
 
 
 def _leading(data: Data, path: Path) -> tuple[int, list[str]]:

@@ -20,7 +20,7 @@ def an_option_for_each_field(of: type[Any]) -> Callable[[Command], Command]:
                 name=field.name,
                 kind=first.KEYWORD_ONLY,
                 annotation=Annotated[field.type, typer.Option(**field.metadata)],
-                default=field.default,
+                default=first.empty if field.default is dataclasses.MISSING else field.default,
             )
             for field in dataclasses.fields(of)
         ]

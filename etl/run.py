@@ -3,8 +3,9 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -18,7 +19,7 @@ from polars.exceptions import PolarsError
 
 from etl.artifact import Json, lost_files, new_folder, read_json, sha256, write_json
 from etl.engines import Encode, Engine, Fitted, open_engine
-from etl.extend import Parent, extends, record
+from etl.extend import Parent, extends, record, training
 from etl.faults import Fault
 from etl.folds import OutOfFold
 from etl.formats import files
@@ -46,6 +47,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         _Finished() as finished,
     ):
         Thread(target=import_module, args=("etl.engines.compiled",)).start()  # it loads while labels are read
+        raw_files, seen = _raw_files(spec), finished.beside(partial(training, spec))
         (raw := folder / "raw").mkdir()
         typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
         fitted = _fit(spec, typed["train"], engine=engine, folder=folder, parent=parent, report=report)
@@ -67,8 +69,9 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
             counted = _encode(spec, part, encode=encode, schema=schema, shards=shards, report=report)
             stats[split] = counted | {"label_rate": part.labels.rates, "label_parts": part.labels.parts}
         shutil.rmtree(raw)
-        manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": _raw_files(spec), "splits": stats}
-        manifest |= record(spec, parent, tables=tables)
+        _refuse_changed(raw_files, spec)
+        manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": raw_files, "splits": stats}
+        manifest |= record(spec, parent, tables=tables, own=seen.result())
         manifest["files"] = finished.files(folder)
         write_json(folder / "manifest.json", manifest)
     return manifest
@@ -119,6 +122,14 @@ def _raw_files(spec: FeatureSpec) -> dict[str, list[int]]:
     """Raw file -> bytes and time of change, to notice new data."""
     paths = [path for split in SPLITS for path in files(getattr(spec.data, split), what=split)]
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+
+def _refuse_changed(before: dict[str, list[int]], spec: FeatureSpec) -> None:
+    """Raises Fault where a raw file is not the one that the job began with."""
+    now = _raw_files(spec)
+    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        wanted, remedy = "files that stay as they are meanwhile", "run the command again once they are written"
+        raise Fault(changed[0], got="a file that changed while it was read", wanted=wanted, remedy=remedy)
 
 
 def encoded_columns(encoded: Encoded, schema: Schema) -> dict[str, pa.Array]:
@@ -252,6 +263,10 @@ class _Finished(contextlib.ExitStack):
         super().__init__()
         self._pool = self.enter_context(ThreadPoolExecutor(1))
         self._described: dict[Path, Future[Json]] = {}
+
+    def beside(self, job: Callable[[], Json]) -> Future[Json]:
+        """Runs a job beside the work."""
+        return self._pool.submit(job)
 
     def add(self, path: Path) -> None:
         """A file that no one will change."""

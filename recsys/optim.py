@@ -145,7 +145,8 @@ class DenseOptimizer(torch.optim.Optimizer):
             settings, moving = scaled(group["settings"], self.rate), [p for p in group["params"] if p.grad is not None]
             for parameter in moving:
                 self.state[parameter]["step"] += 1
-            if settings.optimizer == "adam" and not settings.eps_hat and all(p.device.type == "cpu" for p in moving):
+            fused = settings.optimizer == "adam" and not settings.eps_hat
+            if moving and fused and all(parameter.device.type == "cpu" for parameter in moving):
                 self._fused_adam(settings, moving)
                 continue
             for parameter in moving:

@@ -45,7 +45,8 @@ def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> J
         require_tensorboard()
     with open_world(settings.device, dead_after_s=settings.dead_after_s) as world:
         if world.rank == 0:
-            make_plan(experiment, schema, hardware=hardware_here(world))  # refuses what does not fit
+            if not (run / "result.json").is_file():
+                make_plan(experiment, schema, hardware=hardware_here(world))  # refuses what does not fit
             open_run(run, experiment, schema=schema, data=data)
         barrier()
         with Checkpoints(run, world=world, keep=settings.keep) as checkpoints:

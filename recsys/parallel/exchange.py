@@ -55,7 +55,8 @@ class Sent(Awaitable[Tensor]):  # type: ignore[misc]
         joined: bool = False,
     ) -> None:
         super().__init__()
-        self._looked_GD, self.rows, self.widths, self.group, self.joined = looked_GD, rows, widths, group, joined
+        self.rows, self.widths, self.group, self.joined = rows, widths, group, joined
+        self._looked_GD: Tensor | None = looked_GD  # until it has arrived: what waits for the backward pass is small
         parts = torch.split(looked_GD.detach().reshape(sum(rows), self.widths[self.rank]), list(rows))
         self._found = [looked_GD.new_empty(rows[self.rank], width) for width in widths]
         self._found[self.rank] = parts[self.rank]
@@ -67,19 +68,20 @@ class Sent(Awaitable[Tensor]):  # type: ignore[misc]
         return self.group.rank()
 
     def _wait_impl(self) -> Tensor:
-        return torch.as_tensor(_Arrived.apply(self._looked_GD, self))  # type: ignore[no-untyped-call]
+        looked_GD, self._looked_GD = self._looked_GD, None
+        return torch.as_tensor(_Arrived.apply(looked_GD, self))  # type: ignore[no-untyped-call]
 
     def arrived(self) -> Tensor:
         """[B, D], once all of it is here; what this rank has by itself is brought into place meanwhile."""
-        found, self._found = self._found, []
+        (found, works), self._found, self._works = (self._found, self._works), [], []
         own, peers = self.rank, [rank for rank in range(len(found)) if rank != self.rank]
         if not self.joined:
-            _wait(self._works)
+            _wait(works)
             return sum((found[rank] for rank in peers), start=found[own])
         joined_BD = found[own].new_empty(len(found[own]), sum(self.widths))
         columns = torch.split(joined_BD, list(self.widths), dim=1)
         columns[own].copy_(found[own])
-        _wait(self._works)
+        _wait(works)
         for rank in peers:
             columns[rank].copy_(found[rank])
         return joined_BD

@@ -33,7 +33,7 @@ class IdsAhead:
         self._cached = sharded.cached
         self._aside = torch.cuda.Stream() if sharded.cached else None  # type: ignore[no-untyped-call]
         if sharded.cached:
-            self._network.head.register_forward_hook(self._fetch)
+            self._network.head.register_forward_hook(torch.compiler.disable(self._fetch))  # type: ignore[no-untyped-call]
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; each has to be trained on, once, before the next is taken."""

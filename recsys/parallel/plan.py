@@ -125,6 +125,7 @@ def _check_limits(plan: Plan) -> None:
                 got = f"rank {rank.rank} with {sum(held.values()) / GIB:,.1f} GiB of {name} memory, {parts} the most"
                 got += f"; of its tables {named}" if named else ""
                 remedy = "lower train.batch_size, take more ranks, or cut the rows of the largest tables"
+                remedy += ", or place some in 'uvm_caching'" if name == "GPU" else ""
                 raise Fault("plan", got=got, wanted=f"at most {limit / GIB:,.1f} GiB", remedy=remedy)
 
 

@@ -32,8 +32,8 @@ from etl.sources import read_rows
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 120.0
 BACK_S = {"stub": 5.0, "tritonserver": 10.0}
-"""Until a killed process is replaced. Two thirds of it are imports of torch, which a busy machine draws out as much as
-those of the first start: that bounds it there."""
+"""Until a killed process is replaced on an idle machine. Two thirds of it are imports of torch, which a busy machine
+draws out as much as those of the first start: twice that bounds it there."""
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def test_a_process_killed_under_load_is_back_and_leaks_nothing(bundle: Path, vic
                 stop.set()
             answers = sum((each.result(WAIT_S) for each in running), Counter())
         assert set(answers) == {True}, "a wrong score"
-        assert back_s < max(BACK_S[victim], started_s), f"{started_s:.1f} s from a cold start on this machine"
+        assert back_s < max(BACK_S[victim], 2 * started_s), f"{started_s:.1f} s from a cold start on this machine"
         regions = list(Path("/dev/shm").glob(f"{told['server_id']}*"))
         assert len(regions) == 2, "those of the new stubs alone"
     assert not list(Path("/dev/shm").glob(f"{told['server_id']}*"))

@@ -18,6 +18,7 @@ import pytest
 from etl.experiment_file import load
 from etl.sources import read_raw_split
 from recsys.experiment import Experiment
+from tests.e2e.test_elastic import ranks_of
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = str(ROOT / "experiments" / "demo.toml")
@@ -123,8 +124,11 @@ def test_a_run_of_two_ranks_goes_on_alone_with_another_sharding(data: Path, tmp_
     process = subprocess.Popen(command(data, run, *own, *saving, ranks=2), cwd=ROOT, stderr=subprocess.DEVNULL)
     while not list((run / "checkpoints").glob("step-*/complete")) and process.poll() is None:
         time.sleep(0.01)
+    ranks = ranks_of(process)
     process.kill()
     process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):  # they end once they notice
+        time.sleep(0.05)
     assert not (run / "result.json").exists(), "it ended before it was killed"
     line = command(data, run, *own, "train.batch_size=256", "train.accumulate=2", "embedding.sharding=column_wise")
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)

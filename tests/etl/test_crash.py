@@ -105,22 +105,24 @@ def test_a_job_that_is_told_to_end_removes_what_it_has_begun(folder: Path, stage
 def test_what_other_processes_still_write_stays(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    (gone := tmp_path / f".data.{ended.pid}.partial").mkdir()
-    (scratch := tmp_path / f".data.{ended.pid}.partial.x1y2").mkdir()
-    (other := tmp_path / f".data2.{ended.pid}.partial").mkdir()
-    (running := tmp_path / f".data.{os.getppid()}.partial").mkdir()
+    (gone := tmp_path / f".data.{os.uname().nodename}.{ended.pid}.partial").mkdir()
+    (scratch := tmp_path / f".data.{os.uname().nodename}.{ended.pid}.partial.x1y2").mkdir()
+    (other := tmp_path / f".data2.{os.uname().nodename}.{ended.pid}.partial").mkdir()
+    (running := tmp_path / f".data.{os.uname().nodename}.{os.getppid()}.partial").mkdir()
+    (elsewhere := tmp_path / f".data.another-host.{ended.pid}.partial").mkdir()
+    (kept := tmp_path / f".data.{os.uname().nodename}.{ended.pid}.old.bak").mkdir()
     with new_folder(tmp_path / "data", marker="m") as folder:
         assert not gone.exists() and not scratch.exists()
         (folder / "m").write_text("new")
-    assert other.exists() and running.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, running.name, "data"])
+    stays = [path.name for path in (other, running, elsewhere, kept)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*stays, "data"])
 
 
 def test_the_command_brings_the_old_folder_back_before_it_looks_at_it(folder: Path) -> None:
     run(spec(), Path("data"), report=silent)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    Path("data").replace(f".data.{ended.pid}.old")
+    Path("data").replace(f".data.{os.uname().nodename}.{ended.pid}.old")
     with pytest.raises(SystemExit) as end:
         app(["run", "x.toml", "--extend", "data", "--out", "data"])
     assert end.value.code in (0, None) and folders(folder) == ["data"]

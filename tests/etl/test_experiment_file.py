@@ -95,7 +95,17 @@ def test_every_shipped_file_loads_and_survives_json(path: Path) -> None:
     assert FeatureSpec.model_validate_json(spec.model_dump_json(by_alias=True)) == spec
 
 
-OWN = ["label:click", "group:", "day:", "split:", "row:", "history:items", "history:0:time", "negatives:user"]
+OWN = [
+    "label:click",
+    "group:",
+    "weight:",
+    "day:",
+    "split:",
+    "row:",
+    "history:items",
+    "history:0:time",
+    "negatives:user",
+]
 READS = [
     '{{ type = "categorical", name = "h", column = "{}" }}',
     '{{ type = "numeric", name = "h", column = "{}" }}',

@@ -62,7 +62,7 @@ def test_on_a_terminal_a_line_a_stage_moves(
     assert "read train" in said and "25 rows/s" in said and "50 rows" in said
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.csv.zst"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.csv.zst", "rows.csv.bz2"])
 @pytest.mark.parametrize("rows", [40, 900_000])
 def test_rows_of_text_are_estimated_from_its_first_bytes(tmp_path: Path, name: str, rows: int) -> None:
     text = "".join(f"{at * 7919 % 1000003},{at % 2}\n" for at in range(rows)).encode()

@@ -225,6 +225,23 @@ def test_a_comment_is_no_row_whatever_it_holds(
     assert found["city"] == ["a" * size, "# c", "a" * size] and found["price"] == [1.0, 3.0, 1.0]
 
 
+def test_a_line_within_a_quoted_value_is_no_comment() -> None:
+    """Whatever the blocks; a quote within a plain value is a letter, and a doubled one ends no quoted value."""
+    lines = ["city,click", '"a', '# b ""', '# c",1', "# gone", '5" d,0', '# gone "', '"e",1', '"f ""', '# g"']
+    text = "\n".join(lines).encode()
+    wanted = "\n".join(line for line in lines if "gone" not in line).encode()
+    for size in (1, 3, 7, 1000):
+        kept = formats._Uncommented(spec(CITIES, comment="#").data)
+        blocks = [pa.py_buffer(text[at : at + size]) for at in range(0, len(text), size)]
+        assert b"".join(map(kept, [*blocks, pa.py_buffer(b"")])) == wanted
+
+
+@pytest.mark.parametrize("quote", ["«", ",", "\x00"])
+def test_a_quote_that_no_reader_can_take_is_refused(quote: str) -> None:
+    with pytest.raises(Faults, match="printable ASCII letter other than the delimiter"):
+        spec(CITIES, quote=quote)
+
+
 @pytest.mark.parametrize(("trim", "inner"), [(True, "b"), (False, " b ")])
 def test_values_of_a_list_are_trimmed_and_may_be_missing(folder: Path, trim: bool, inner: str) -> None:
     Path("rows.csv").write_text("tags,numbers,click\na| b |,1|?|3,1\n?,,0\n||?,7,1\n")

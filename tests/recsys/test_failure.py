@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from etl.faults import Fault
@@ -92,7 +93,7 @@ def test_what_nobody_looked_at_is_in_no_checkpoint(
 ) -> None:
     """As on a GPU, where the guard looks at logged steps alone: step 5 goes wrong and moves the weights."""
 
-    def unseen(guard: LossGuard, scored: Scored, batch: Batch) -> None:
+    def unseen(guard: LossGuard, scored: Scored, batch: Batch, *, logloss: Tensor) -> None:
         if guard.step == 5:
             scored.logits_BT.data.fill_(torch.nan)
 

@@ -31,7 +31,8 @@ def test_what_tensors_give_back_is_kept() -> None:
 
 def _pages(first: str) -> int:
     code = f"""
-import resource, torch
+import ctypes, resource, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page would count as one
 from recsys.machine import keep_memory
 {first}
 def turn():
