@@ -52,6 +52,7 @@ def test_on_a_terminal_a_line_a_stage_moves(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     clock = Clock()
     with Progress(clock=clock) as report:
         report("read train", 0, total=90)
