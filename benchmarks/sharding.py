@@ -265,7 +265,7 @@ def cost(rounds: int) -> dict[str, float]:
     found = {}
     for sharding in ("table_wise", "row_wise"):
         line = ["--cost", sharding, "--steps", str(rounds)]
-        turns = [[on_ranks(ranks, threads=2 // ranks, arguments=line) for ranks in (1, 2)] for _ in range(2)]
+        turns = [[on_ranks(ranks, threads=2 // ranks, arguments=line) for ranks in (1, 2)] for _ in range(3)]
         for name, side in (("", "plain"), (", ids ahead", "ahead")):
             found[sharding + name] = median(two[side] / one["plain"] for one, two in turns)
         print(f"{sharding}, ms a step of 1 rank x 2 threads, of 2 ranks x 1 thread, and of those with ids sent ahead:")
