@@ -5,8 +5,11 @@ the backward pass under DistributedModelParallel, a head, Adam, and parquet shar
 a row group, logs nothing and saves nothing; the trainer logs, and saves as often as `--save-every` says. Rows look like
 Criteo's: 26 ids, zipf, and 13 numbers.
 
+On CPU a third side is the trainer on two ranks with half of the cores each, for the same global batch.
+
 Each side runs as a process of its own, in turns, A B A B. The last line is a JSON object: vs_hand_written is the
-trainer's time per step over the loop's, medians over the rounds.
+trainer's time per step over the loop's, two_ranks_over_one its time on two ranks over that on one, medians over the
+rounds.
 """
 
 import argparse
@@ -93,12 +96,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="overhead-") as name:
         folder = Path(name)
         write_data(folder, rows=steps * how.batch_size)
-        ours, theirs = [], []
+        seconds: dict[str, list[float]] = {"trainer": [], "hand-written": [], "trainer on two ranks": []}
+        if how.device == "cuda":
+            del seconds["trainer on two ranks"]
         for at in range(rounds):
-            ours.append(trained(folder, at, how=how, save_every=arguments.save_every))
-            theirs.append(looped(folder, how))
-            print(f"round {at + 1}: trainer {1000 * ours[-1]:.1f} ms a step, hand-written {1000 * theirs[-1]:.1f} ms")
-    print(json.dumps({"vs_hand_written": round(median(ours) / median(theirs), 4)}))
+            for side, found in seconds.items():
+                if side == "hand-written":
+                    found.append(looped(folder, how))
+                else:
+                    ranks = 1 if side == "trainer" else 2
+                    found.append(trained(folder, at, how=how, save_every=arguments.save_every, ranks=ranks))
+            print(f"round {at + 1}, ms a step:", {side: round(1000 * found[-1], 1) for side, found in seconds.items()})
+    ours, theirs, *two = (median(found) for found in seconds.values())
+    figures = {"vs_hand_written": ours / theirs} | ({"two_ranks_over_one": two[0] / ours} if two else {})
+    print(json.dumps({name: round(figure, 4) for name, figure in figures.items()}))
 
 
 def write_data(folder: Path, *, rows: int) -> None:
@@ -114,22 +125,26 @@ def write_data(folder: Path, *, rows: int) -> None:
     run("-m", "etl", "run", str(folder / "overhead.toml"), "--out", str(folder / "data"))
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, ranks: int = 1) -> str:
     own = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    if ranks > 1:
+        own["OMP_NUM_THREADS"] = str(max((os.cpu_count() or ranks) // ranks, 1))
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=own, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
     return done.stdout
 
 
-def trained(folder: Path, at: int, *, how: How, save_every: int) -> float:
+def trained(folder: Path, at: int, *, how: How, save_every: int, ranks: int) -> float:
     """Seconds a step of `recsys train`, reading and logging included, and saving where it is due; evaluation is not."""
-    where = ["--data", str(folder / "data"), "--run", str(folder / f"run-{at}")]
-    chosen = how._asdict() | {"checkpoint_every_steps": save_every}
+    own = folder / f"run-{ranks}-{at}"
+    where = ["--data", str(folder / "data"), "--run-dir", str(own)]
+    chosen = how._asdict() | {"checkpoint_every_steps": save_every, "batch_size": how.batch_size // ranks}
     sets = [f"train.{key}={value}" for key, value in chosen.items()]
     settings = [part for value in sets for part in ("--set", value)]
-    run("-m", "recsys", "train", str(folder / "overhead.toml"), *where, *settings)
-    lines = [json.loads(line) for line in (folder / f"run-{at}" / "metrics.jsonl").read_text().splitlines()]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    run(*launcher, "-m", "recsys", "train", str(folder / "overhead.toml"), *where, *settings, ranks=ranks)
+    lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
     steps = [
         line for line in lines if line["step"] >= FIRST_STEP and not any(name.startswith("valid/") for name in line)
     ]
