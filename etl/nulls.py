@@ -1,6 +1,6 @@
 """What dense features fill: rows without their number, counted while the rows pass to an engine."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +16,14 @@ class DenseNulls:
         self._columns = {str(feature.name): found for feature in resolve(spec.features) if (found := _columns(feature))}
         self._rows = dict.fromkeys(self._columns, 0)
 
-    def counted(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """The typed rows themselves."""
-        for batch in batches:
-            for name, columns in self._columns.items():
-                self._rows[name] += _rows_with_null([batch[column] for column in columns])
-            yield batch
+    def of(self, batch: pa.RecordBatch) -> list[int]:
+        """The counts of some typed rows."""
+        return [_rows_with_null([batch[column] for column in columns]) for columns in self._columns.values()]
+
+    def add(self, counts: Sequence[int]) -> None:
+        """Of other rows than before."""
+        for name, rows in zip(self._rows, counts, strict=True):
+            self._rows[name] += rows
 
     def as_json(self) -> Json:
         """By feature, for the manifest."""

@@ -162,6 +162,8 @@ def typed_column(column: pa.ChunkedArray, *, name: str, dtype: str) -> pa.Array:
 
 def _typed_values(array: pa.Array, *, name: str, dtype: str) -> pa.Array:
     kind = array.type
+    if kind == ARROW[dtype]:
+        return array
     if pa.types.is_dictionary(kind):
         array, kind = array.cast(kind.value_type), kind.value_type
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
@@ -211,6 +213,7 @@ def _keys(array: pa.Array, *, name: str) -> Int64s:
 
 
 def _numbers(array: pa.Array, *, name: str) -> Float64s:
-    numbers: Float64s = array.cast(pa.float64(), safe=False).fill_null(MISSING_NUMBER).to_numpy(zero_copy_only=False)
+    array = array.fill_null(MISSING_NUMBER) if array.null_count else array
+    numbers: Float64s = array.to_numpy(zero_copy_only=False)
     check_numbers(numbers[:, None], [name])
     return numbers

@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +25,13 @@ SPLIT, USER, DAY = "split:", "negatives:user", "day:"
 
 _Placed = tuple[int, str, pa.RecordBatch]
 """The place of a file among others, the place of a batch in words, and the batch as it is read."""
+
+
+class Part(NamedTuple):
+    """Raw rows that follow one another, and what types them; raises Fault as `Reader.batches`."""
+
+    rows: int
+    typed: Callable[[], pa.RecordBatch]
 
 
 class Reader:
@@ -46,8 +55,12 @@ class Reader:
         Raises:
             Fault: an unreadable or truncated file, a missing column, a value of the wrong type, a label not 0/1.
         """
-        parts = self._placed(paths, names=self._needed())
-        yield from self._in_order(self._typed, parts)
+        yield from self._in_order(self._typed, self._placed(paths, names=self._needed()))
+
+    def parts(self, paths: Sequence[Path]) -> Iterator[Part]:
+        """The same batches of files without times, not yet typed."""
+        for part in self._placed(paths, names=self._needed()):
+            yield Part(part[2].num_rows, partial(self._typed, part))
 
     def _typed(self, part: "_Placed") -> pa.RecordBatch:
         at, place, batch = part

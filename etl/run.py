@@ -24,6 +24,7 @@ from etl.faults import Fault
 from etl.folds import OutOfFold
 from etl.formats import files
 from etl.nulls import DenseNulls
+from etl.reader import Part
 from etl.schema import GROUP, WEIGHT, DenseFeature, Schema, TaskColumn
 from etl.spec import Etl, FeatureSpec, Task
 from etl.splits import SPLITS
@@ -46,7 +47,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         open_engine(spec.etl, beside=folder) as engine,
         _Finished() as finished,
     ):
-        Thread(target=import_module, args=("etl.engines.compiled",)).start()  # it loads while labels are read
+        Thread(target=import_module, args=("etl.engines.scaling",)).start()  # it loads while labels are read
         raw_files, seen = _raw_files(spec), finished.beside(partial(training, spec))
         (raw := folder / "raw").mkdir()
         typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
@@ -98,10 +99,11 @@ def _fit(
 def _transform(folder: Path) -> Transform:
     """What was fitted, with its tables compiled and read several at once."""
     from etl.engines.compiled import CompiledVocabulary
+    from etl.engines.scaling import FastTransform
 
     paths = sorted(folder.glob("vocabulary/*.parquet"))
     tables = dict(zip(paths, in_order(CompiledVocabulary.read, paths), strict=True))
-    return Transform.load(folder, vocabulary=tables.__getitem__)
+    return FastTransform.load(folder, vocabulary=tables.__getitem__)
 
 
 def _task(task: Task, *, rate: float) -> TaskColumn:
@@ -165,8 +167,8 @@ def _encode(
     out_of_fold = OutOfFold.load(shards.folder.parent) if split == "train" else None
     beside = {GROUP: spec.data.group, WEIGHT: spec.data.weight}
 
-    def encoded_rows(part: tuple[int, pa.RecordBatch]) -> tuple[Encoded, pa.Table]:
-        first, batch = part
+    def encoded_rows(numbered: tuple[int, Part]) -> tuple[Encoded, list[int], pa.Table]:
+        first, batch = numbered[0], numbered[1].typed()
         raw = pa.Table.from_batches([batch]).select(raw_columns)
         encoded = encode(raw, first)
         columns = encoded_columns(encoded, schema)
@@ -174,11 +176,12 @@ def _encode(
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
         columns |= {name: batch[name] for name, given in beside.items() if given}
         whole = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
-        return encoded, pa.table(columns, schema=whole)
+        return encoded, nulls.of(batch), pa.table(columns, schema=whole)
 
     nulls = DenseNulls(spec)
     report(f"encode {split}", 0, total=rows.labels.rows)
-    for encoded, table in in_order(encoded_rows, ahead(_numbered(nulls.counted(rows.batches())))):
+    for encoded, unfilled, table in in_order(encoded_rows, ahead(_numbered(rows.parts())), beside=1):
+        nulls.add(unfilled)
         missing += encoded.missing
         unseen += encoded.unseen
         shards.write(table)
@@ -189,12 +192,12 @@ def _encode(
     return {"rows": shards.rows, "features": features, "dense": nulls.as_json()}
 
 
-def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Each batch with the number of its first row."""
+def _numbered(parts: Iterable[Part]) -> Iterator[tuple[int, Part]]:
+    """Each part with the number of its first row."""
     first = 0
-    for batch in batches:
-        yield first, batch
-        first += batch.num_rows
+    for part in parts:
+        yield first, part
+        first += part.rows
 
 
 class _Shards:

@@ -12,7 +12,7 @@ from etl.formats import files, row_total
 from etl.histories import ROW, HistoryLog
 from etl.negatives import Sampler
 from etl.pack import ARROW, inner_type
-from etl.reader import SPLIT, Reader
+from etl.reader import SPLIT, Part, Reader
 from etl.spec import FeatureSpec
 from etl.splits import SPLITS, division
 from etl.typed import Columns, Report, Typed, count_labels, label_columns, no_rows
@@ -41,12 +41,17 @@ def stage(spec: FeatureSpec, folder: Path, *, report: Report) -> dict[str, Typed
         raw = None if reader.by_day else files(getattr(spec.data, split) or spec.data.train, what=split)
         labels = pq.ParquetFile(path).iter_batches(columns=label_columns(spec))
         counts = count_labels(spec, labels, split=split, paths=raw)
-        found[split] = Typed(Columns.staged(path), counts, batches=partial(_staged_batches, path))
+        found[split] = Typed(Columns.staged(path), counts, parts=partial(_staged_parts, path))
     return found
 
 
-def _staged_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    yield from pq.ParquetFile(path).iter_batches()
+def _staged_parts(path: Path) -> Iterator[Part]:
+    for batch in pq.ParquetFile(path).iter_batches():
+        yield Part(batch.num_rows, partial(_itself, batch))
+
+
+def _itself(batch: pa.RecordBatch) -> pa.RecordBatch:
+    return batch
 
 
 def _read(spec: FeatureSpec, staged: list[Path], *, reader: Reader, report: Report) -> None:

@@ -20,9 +20,12 @@ def ahead(parts: Iterable[Part], *, count: int = 2) -> Iterator[Part]:
             yield part  # type: ignore[misc]
 
 
-def in_order(work: Callable[[Part], Done], parts: Iterable[Part]) -> Iterator[Done]:
-    """What `work` makes of the parts, in their order; as many at once as there are cores, so memory stays bounded."""
-    cores = len(os.sched_getaffinity(0))
+def in_order(work: Callable[[Part], Done], parts: Iterable[Part], *, beside: int = 0) -> Iterator[Done]:
+    """What `work` makes of the parts, in their order; as many at once as there are cores, so memory stays bounded.
+
+    `beside` cores are left to who makes the parts and who takes what is done.
+    """
+    cores = max(1, len(os.sched_getaffinity(0)) - beside)
     with ThreadPoolExecutor(cores) as pool:
         pending: deque[Future[Done]] = deque()
         for part in parts:

@@ -16,7 +16,7 @@ from etl.artifact import Json
 from etl.faults import Fault
 from etl.formats import files, row_total
 from etl.pack import inner_type
-from etl.reader import DAY, Reader
+from etl.reader import DAY, Part, Reader
 from etl.spec import FeatureSpec, Task
 from etl.splits import SPLITS
 
@@ -63,11 +63,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Typed:
-    """The rows of a split: the fit takes their columns, the encoder batches of them."""
+    """The rows of a split: the fit takes their columns, the encoder parts of them."""
 
     columns: Columns
     labels: Labels
-    batches: Callable[[], Iterator[pa.RecordBatch]]
+    parts: Callable[[], Iterator[Part]]
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All parts, typed."""
+        return (part.typed() for part in self.parts())
 
 
 def label_columns(spec: FeatureSpec) -> list[str]:
@@ -141,7 +145,7 @@ def typed_files(spec: FeatureSpec, *, report: Report) -> dict[str, Typed] | None
         report(f"read {split}", 0, total=row_total(data, own))
         labels = count_labels(spec, Reader(spec).labels(own), split=split, paths=own)
         report(f"read {split}", labels.rows, total=labels.rows)
-        found[split] = Typed(Columns(_scan(spec, own), own), labels, batches=partial(Reader(spec).batches, own))
+        found[split] = Typed(Columns(_scan(spec, own), own), labels, parts=partial(Reader(spec).parts, own))
     return found
 
 

@@ -26,17 +26,21 @@ _SLOTS, _KEYS = numba.int64[:, ::1], numba.types.Array(numba.int64, 1, "C", read
 _PAIR = numba.types.UniTuple(_KEYS, 2)
 
 
-def _compiled(*types: numba.types.Type) -> Callable[[Loop], Loop]:
-    """Compiled at its first import; kept on disk for the next process where there is a place to write."""
+def compiled(*types: numba.types.Type) -> Callable[[Loop], Loop]:
+    """A loop of these types, compiled at its first import; kept on disk for the next process where that can be written.
 
-    def compiled(loop: Loop) -> Loop:
+    What divides by zero is infinite, as numpy has it.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+    def made(loop: Loop) -> Loop:
         try:
-            made: Loop = numba.njit(types, nogil=True, cache=True)(loop)
+            kept: Loop = numba.njit(types, cache=True, **options)(loop)
         except RuntimeError:  # neither the package's folder nor the user's can be written
-            made = numba.njit(types, nogil=True)(loop)
-        return made
+            kept = numba.njit(types, **options)(loop)
+        return kept
 
-    return compiled
+    return made
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -83,7 +87,7 @@ def _slot(slots: Int64s, key: np.int64) -> np.uint64:
     return at
 
 
-@_compiled(_SLOTS, _PAIR)
+@compiled(_SLOTS, _PAIR)
 def _put(slots: Int64s, entries: tuple[Int64s, Int64s]) -> None:
     keys, values = entries
     for i in range(len(keys)):
@@ -93,7 +97,7 @@ def _put(slots: Int64s, entries: tuple[Int64s, Int64s]) -> None:
         slots[at, 0], slots[at, 1] = keys[i], values[i]
 
 
-@_compiled(_SLOTS, _KEYS)
+@compiled(_SLOTS, _KEYS)
 def _look_up(slots: Int64s, keys: Int64s) -> Int64s:
     rows = np.empty(len(keys), np.int64)
     for i in range(len(keys)):
@@ -104,7 +108,7 @@ def _look_up(slots: Int64s, keys: Int64s) -> Int64s:
     return rows
 
 
-@_compiled(numba.types.Tuple((_SLOTS, numba.int64)), _KEYS)
+@compiled(numba.types.Tuple((_SLOTS, numba.int64)), _KEYS)
 def _count(table: tuple[Int64s, int], keys: Int64s) -> tuple[int, int]:
     """Counts keys while new ones may take a slot, of so many: how many keys it counted, and the slots that are left."""
     slots, free = table

@@ -15,7 +15,7 @@ from etl.artifact import Json
 from etl.engines.order import Float64s, Reader, order_statistics
 from etl.faults import Fault
 from etl.spec import Numeric, column_of
-from etl.transform import scale
+from etl.transform import as_columns
 from etl.typed import Columns
 
 _CHUNK = 1 << 16
@@ -41,7 +41,7 @@ def fit_scale(feature: Numeric, train: Columns) -> Json:
     step: Json = {"name": str(feature.name), "column": column_of(feature), "fill": _fill(feature, train)}
     step |= {"clip": list(feature.clip) if feature.clip else None, "log1p": feature.log1p, "mean": 0.0, "std": 1.0}
     if feature.scale != "none":
-        found = _moments(scale(chunk, step) for chunk in _chunks(feature, train))
+        found = _moments(_scaled(_chunks(feature, train), step))
         if feature.scale == "minmax" or found.low == found.high:
             step |= {"mean": found.low, "std": (found.high - found.low) or 1.0}
         else:
@@ -92,6 +92,17 @@ def _moments(chunks: Iterable[Float64s]) -> _Moments:
         center = near + (count * (mean - near)).sum() / rows
         variance = (square.sum() + (count * (mean - center) ** 2).sum()) / rows
     return _Moments(int(rows), float(center), math.sqrt(max(variance, 0.0)), float(low.min()), float(high.max()))
+
+
+def _scaled(chunks: Iterable[Float64s], step: Json) -> Iterator[Float64s]:
+    """Each chunk scaled, in memory that the next one takes over."""
+    from etl.engines.scaling import scale  # numba takes half a second to load
+
+    steps, scaled = as_columns([step]), np.empty(_CHUNK)
+    for chunk in chunks:
+        own = scaled[: len(chunk)]
+        scale(chunk[None], steps, into=own[None])
+        yield own
 
 
 def _chunks(feature: Numeric, train: Columns) -> Iterator[Float64s]:
