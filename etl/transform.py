@@ -154,8 +154,7 @@ class Transform:
             key_SB, own = _stacked(keys[part]), ids_SB[starts[part.start] : starts[part.stop]]
             ends = [end - starts[part.start] for end in starts[part.start : part.stop + 1]]
             places = [slice(*pair) for pair in pairwise(ends)]
-            self._look_up(self.features[part], key_SB, places=places, ids_SB=own)
-            counts[:, part] = [[np.count_nonzero(of[at]) for at in places] for of in (key_SB == MISSING_KEY, own == 0)]
+            counts[:, part] = self.look_up(self.features[part], key_SB, places=places, ids_SB=own)
         return Encoded(ids_SB.T, self._floats(packed).T, missing, zeros - missing)
 
     def _keys(self, packed: Packed) -> dict[str, Int64s]:
@@ -173,8 +172,13 @@ class Transform:
                 keys[step["name"]] = packed.keys[:, self._key_places[step["column"]]]
         return keys
 
-    def _look_up(self, steps: Sequence[State], key_SB: Int64s, *, places: Sequence[slice], ids_SB: Int64s) -> None:
-        """Rows of the tables of some features, whose slots lie at these places."""
+    def look_up(
+        self, steps: Sequence[State], key_SB: Int64s, *, places: Sequence[slice], ids_SB: Int64s
+    ) -> Sequence[Sequence[int]]:
+        """Rows of the tables of some features, whose slots lie at these places; counts [2, F] missing keys and rows 0.
+
+        The ETL has faster ways to the same ids and, in `scale`, to the same floats.
+        """
         hashed: list[tuple[int, int]] = []  # slot, rows of its table
         for step, place in zip(steps, places, strict=True):
             if step["kind"] == "vocabulary":
@@ -190,6 +194,7 @@ class Transform:
             ids_SB[at] = hashed_rows(key_SB[at], rows=rows[:, None])
         if (nothing := key_SB == NO_KEY).any():
             ids_SB[nothing] = -1
+        return [[np.count_nonzero(of[at]) for at in places] for of in (key_SB == MISSING_KEY, ids_SB == 0)]
 
     def _floats(self, packed: Packed) -> Float32s:
         """[N, B]: dense inputs, then what multiplies the rows of fields and of bags with weights."""
@@ -210,7 +215,7 @@ class Transform:
         return np.concatenate(parts)
 
     def scale(self, numbers_NB: Float64s, steps: State, *, into: Float32s) -> None:
-        """Numbers with the settings of `as_columns`; the ETL has a faster way to the same floats."""
+        """Numbers with the settings of `as_columns`."""
         into[:] = scale(numbers_NB, steps)
 
     def check(self, packed: Packed) -> None:

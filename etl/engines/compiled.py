@@ -15,7 +15,7 @@ import numpy.typing as npt
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from etl.lookup import NO_KEY, Int64s, Vocabulary
+from etl.lookup import MISSING_KEY, NO_KEY, Int64s, Vocabulary
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
@@ -97,15 +97,19 @@ def _put(slots: Int64s, entries: tuple[Int64s, Int64s]) -> None:
         slots[at, 0], slots[at, 1] = keys[i], values[i]
 
 
-@compiled(_SLOTS, _KEYS)
-def _look_up(slots: Int64s, keys: Int64s) -> Int64s:
-    rows = np.empty(len(keys), np.int64)
+@compiled(_SLOTS, numba.types.Tuple((_KEYS, numba.int64[::1])))
+def _look_up(slots: Int64s, columns: tuple[Int64s, Int64s]) -> tuple[int, int]:
+    """Writes the row of each key, and counts missing keys and rows 0."""
+    keys, rows = columns
+    missing = zeros = 0
     for i in range(len(keys)):
         if i + _AHEAD < len(keys):
             _ask(slots, keys[i + _AHEAD])
         at = _slot(slots, keys[i])
         rows[i] = slots[at, 1] if slots[at, 0] == keys[i] else 0
-    return rows
+        missing += keys[i] == MISSING_KEY
+        zeros += rows[i] == 0
+    return missing, zeros
 
 
 @compiled(numba.types.Tuple((_SLOTS, numba.int64)), _KEYS)
@@ -140,8 +144,14 @@ class CompiledVocabulary(Vocabulary):
 
     def __call__(self, keys: Int64s) -> Int64s:
         """Rows of the keys, of the same shape; 0 where unseen or missing."""
-        rows: Int64s = _look_up(self._slots, keys.reshape(-1)).reshape(keys.shape)
-        return rows
+        rows = np.empty(keys.size, np.int64)
+        self.into(rows, keys.reshape(-1))
+        return rows.reshape(keys.shape)
+
+    def into(self, rows: Int64s, keys: Int64s) -> tuple[int, int]:
+        """The same of keys [B] into rows [B]; counts missing keys and rows 0."""
+        counts: tuple[int, int] = _look_up(self._slots, (keys, rows))
+        return counts
 
 
 class Counter:
