@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,6 +18,9 @@ from polars.exceptions import PolarsError
 
 from etl.artifact import Json, lost_files, new_folder, read_json, sha256, write_json
 from etl.engines import Encode, Engine, Fitted, open_engine
+from etl.engines.compiled import CompiledVocabulary
+from etl.engines.native import load
+from etl.engines.scaling import FastTransform
 from etl.extend import Parent, extends, record, training
 from etl.faults import Fault
 from etl.folds import OutOfFold
@@ -47,7 +49,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         open_engine(spec.etl, beside=folder) as engine,
         _Finished() as finished,
     ):
-        Thread(target=import_module, args=("etl.engines.scaling",)).start()  # it loads while labels are read
+        Thread(target=load).start()  # while labels are read
         raw_files, seen = _raw_files(spec), finished.beside(partial(training, spec))
         (raw := folder / "raw").mkdir()
         typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
@@ -98,9 +100,6 @@ def _fit(
 
 def _transform(folder: Path) -> Transform:
     """What was fitted, with its tables compiled and read several at once."""
-    from etl.engines.compiled import CompiledVocabulary
-    from etl.engines.scaling import FastTransform
-
     paths = sorted(folder.glob("vocabulary/*.parquet"))
     tables = dict(zip(paths, in_order(CompiledVocabulary.read, paths), strict=True))
     return FastTransform.load(folder, vocabulary=tables.__getitem__)

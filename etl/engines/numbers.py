@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from etl.artifact import Json
 from etl.engines.order import Float64s, Reader, order_statistics
+from etl.engines.scaling import scale
 from etl.faults import Fault
 from etl.spec import Numeric, column_of
 from etl.transform import as_columns
@@ -96,8 +97,6 @@ def _moments(chunks: Iterable[Float64s]) -> _Moments:
 
 def _scaled(chunks: Iterable[Float64s], step: Json) -> Iterator[Float64s]:
     """Each chunk scaled, in memory that the next one takes over."""
-    from etl.engines.scaling import scale  # numba takes half a second to load
-
     steps, scaled = as_columns([step]), np.empty(_CHUNK)
     for chunk in chunks:
         own = scaled[: len(chunk)]

@@ -4,13 +4,11 @@ often, through memory that it takes anew each time.
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
-from etl.engines.compiled import CompiledVocabulary, compiled
-from etl.transform import MISSING_NUMBER, Float32s, Float64s, Int64s, State, Transform
-
-_COLUMN = numba.float64[::1]
+from etl.engines.compiled import CompiledVocabulary
+from etl.engines.native import call
+from etl.transform import Float32s, Float64s, Int64s, State, Transform
 
 
 class FastTransform(Transform):
@@ -34,32 +32,14 @@ def scale(numbers_NB: Float64s, steps: State, *, into: Float32s | Float64s) -> N
     """What `etl.transform.scale` makes of numbers [N, B] with the settings of N steps, to the last bit."""
     settings = [np.ravel(steps[name]).tolist() for name in ("fill", "log1p", "mean", "std")]
     filled, logs = np.empty((2, numbers_NB.shape[1]))
+    size = np.array([len(filled)])
     with np.errstate(over="ignore"):  # float32 may not hold a number, which ends up as infinity
         for at, (fill, log1p, mean, std) in enumerate(zip(*settings, strict=True)):
             low, high = np.reshape(steps["clip"], (-1, 2))[at]
             filled[:] = numbers_NB[at]
-            _fill(filled, (fill, low, high, 0.0 if log1p else -np.inf))
+            call("fill", filled, np.array([fill, low, high, 0.0 if log1p else -np.inf]), size)
             if log1p:
                 np.log(np.add(filled, 1.0, out=logs), out=logs)
-                _log1p(filled, logs)
+                call("log1p", filled, logs, size)
             filled -= mean
             np.divide(filled, std, out=into[at])
-
-
-@compiled(_COLUMN, numba.types.UniTuple(numba.float64, 4))
-def _fill(numbers: Float64s, settings: tuple[float, float, float, float]) -> None:
-    """What is missing is filled, then all is clipped; `floor` is the lowest number with a logarithm."""
-    fill, low, high, floor = settings
-    for i in range(len(numbers)):
-        x = numbers[i] if numbers[i] > MISSING_NUMBER else fill  # NaN isn't above it either
-        x = x if x > low else low
-        x = x if x < high else high
-        numbers[i] = x if x > floor else floor
-
-
-@compiled(_COLUMN, _COLUMN)
-def _log1p(x: Float64s, logs: Float64s) -> None:
-    """log(1 + x) in the place of x: the logarithms of what 1 + x came to, with what that lost given back."""
-    for i in range(len(x)):
-        above = x[i] + 1.0
-        x[i] = (x[i] - (above - 1.0)) / above + logs[i]

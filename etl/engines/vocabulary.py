@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from etl.engines.compiled import Counter
 from etl.engines.fitting import Fitting
 from etl.faults import Fault
 from etl.pack import text_keys
@@ -86,8 +87,6 @@ def _counts(users: Sequence[Looked], fitting: Fitting) -> pl.DataFrame:
     """value, count over all columns that share the table."""
     if users[0].dtype != "int64" or fitting.device == "cuda":
         return values_of(users, fitting.new).group_by("value").agg(count=pl.len()).collect()
-    from etl.engines.compiled import Counter  # numba takes half a second to load
-
     counter = Counter()
     for column in dict.fromkeys(column_of(user) for user in users) if fitting.is_new else ():
         for values in fitting.train.values(column):
