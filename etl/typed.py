@@ -63,10 +63,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class Typed:
-    """The rows of a split: the fit takes their columns, the encoder batches of them."""
+    """The rows of a split: the fit takes their columns, the encoder batches of them; `files` are the split's own raw
+    files, with their rows."""
 
     columns: Columns
     labels: Labels
+    files: dict[str, int]
     batches: Callable[[], Iterator[pa.RecordBatch]]
 
 
@@ -141,7 +143,8 @@ def typed_files(spec: FeatureSpec, *, report: Report) -> dict[str, Typed] | None
         report(f"read {split}", 0, total=row_total(data, own))
         labels = count_labels(spec, Reader(spec).labels(own), split=split, paths=own)
         report(f"read {split}", labels.rows, total=labels.rows)
-        found[split] = Typed(Columns(_scan(spec, own), own), labels, batches=partial(Reader(spec).batches, own))
+        rows = {str(path): int(pq.read_metadata(path).num_rows) for path in own}
+        found[split] = Typed(Columns(_scan(spec, own), own), labels, rows, batches=partial(Reader(spec).batches, own))
     return found
 
 

@@ -5,12 +5,13 @@ TorchRec's planner chooses; the bytes are counted here, from the shards it made 
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torchrec import EmbeddingBagConfig
 from torchrec.distributed.planner.types import PlannerError, Stats
+from torchrec.distributed.types import ShardingPlan
 
 from etl.faults import Fault
 from etl.schema import Schema
@@ -58,7 +59,7 @@ class RankPlan:
 class Plan:
     """A whole plan; `hbm_limit` and `ddr_limit` are what a rank may use, in bytes, headroom taken off.
 
-    `batch_size` are the rows of a rank in one step.
+    `batch_size` are the rows of a rank in one step; `sharding` is the plan as torchrec carries it out.
     """
 
     hardware: Hardware
@@ -68,6 +69,7 @@ class Plan:
     ranks: tuple[RankPlan, ...]
     hbm_limit: int
     ddr_limit: int
+    sharding: ShardingPlan
 
 
 class _Keep(Stats):  # type: ignore[misc]
@@ -91,25 +93,49 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     dense = dense_bytes(experiment, network, schema=schema)
     tables = network.tables = resized(network.tables, embedding)
     configs = {config.name: config for config in tables.embedding_bag_configs()}
-    reserved = dense.reserved(hardware.device)
-    kept = _Keep()
-    planner = planner_of(
-        tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved, stats=[kept]
+    reserved, kept = dense.reserved(hardware.device), _Keep()
+    sharding = place_tables(
+        network, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved, stats=[kept]
     )
-    logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
-    try:
-        with states_shown(tables, embedding):
-            planner.plan(network, sharder_of(embedding, hardware.device))
-    except PlannerError:
-        raise too_large(configs.values(), embedding, hardware=hardware, reserved=reserved) from None
     shards = tuple(_shards(kept.options, configs, embedding=embedding))
     ranks = tuple(_ranks(shards, configs, network=network, experiment=experiment, hardware=hardware, dense=dense))
     hbm_limit = int(hardware.hbm_bytes * (1 - HEADROOM))
     ddr_limit = int(hardware.ddr_bytes // hardware.ranks_per_host * (1 - HEADROOM))
     rows = {name: config.num_embeddings for name, config in configs.items()}
-    plan = Plan(hardware, batch_size, rows, shards, ranks, hbm_limit, ddr_limit)
+    plan = Plan(hardware, batch_size, rows, shards, ranks, hbm_limit, ddr_limit, sharding)
     _check_limits(plan)
     return plan
+
+
+def place_tables(
+    network: Network,
+    embedding: Embedding,
+    *,
+    hardware: Hardware,
+    batch_size: int,
+    reserved_bytes: int = 0,
+    stats: Sequence[Stats] = (),
+) -> ShardingPlan:
+    """TorchRec's plan for the tables of a network, which are in their precisions by now (`resized`).
+
+    `batch_size`, of one rank, helps to weigh memory and communication; `reserved_bytes` of each rank's memory are left
+    to what is not a table.
+
+    Raises:
+        Fault: they do not fit; the largest tables and what would help are named.
+    """
+    tables = network.tables
+    planner = planner_of(
+        tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved_bytes, stats=stats
+    )
+    logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
+    try:
+        with states_shown(tables, embedding):
+            return planner.plan(network, sharder_of(embedding, hardware.device))
+    except PlannerError:
+        raise _too_large(
+            tables.embedding_bag_configs(), embedding, hardware=hardware, reserved=reserved_bytes
+        ) from None
 
 
 def _check_limits(plan: Plan) -> None:
@@ -249,8 +275,8 @@ def _sent_bytes(shard: ShardPlan, slots: int, *, embedding: Embedding, hardware:
     return int(rows * others * slots * (shard.columns * sizes + share * _ID_BYTES))
 
 
-def too_large(
-    configs: Iterable[EmbeddingBagConfig], embedding: Embedding, *, hardware: Hardware, reserved: int = 0
+def _too_large(
+    configs: Iterable[EmbeddingBagConfig], embedding: Embedding, *, hardware: Hardware, reserved: int
 ) -> Fault:
     """Names the tables, the room, and what would make it fit."""
     sizes = {}

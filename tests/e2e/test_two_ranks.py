@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from recsys.checkpoint import Checkpoints
+from recsys.learner import Learner
 from recsys.parallel.world import World, open_world
 from recsys.progress import quiet_libraries
 from recsys.train import Trainer
@@ -35,7 +36,8 @@ def log_a_step(folder: Path) -> None:
 
 
 def trainer_of(folder: Path, checkpoints: Checkpoints, *, world: World) -> Trainer:
-    where = {"data": folder / "data", "checkpoints": checkpoints, "world": world, "report": lambda line: None}
+    learner = Learner(experiment(), SCHEMA, world=world)
+    where = {"data": folder / "data", "checkpoints": checkpoints, "learner": learner, "report": lambda line: None}
     return Trainer(experiment(), SCHEMA, **where)
 
 

@@ -42,6 +42,9 @@ def spoilt(tmp_path: Path) -> Callable[[float], Path]:
         columns["x"][BAD_ROWS] = value
         columns["click"][BAD_ROWS] = (0, 1)
         pq.write_table(pa.table(columns), path, row_group_size=700)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["splits"] = {"train": {"files": {"day_0.csv": 4000, "day_1.csv": 2000}}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
         return folder
 
     return write
@@ -70,7 +73,8 @@ def test_a_value_that_explodes_stops_with_its_place(
     settings["compile"] = compiled
     run = tmp_path / "run"
     fault = stopped(experiment(train=settings, model={"keep_prob": 1.0}), data=spoilt(value), run=run)
-    assert any(f"{BAD_FILE}, row {row}" in str(fault) for row in BAD_ROWS), fault
+    places = [f"{BAD_FILE}, row {row} (day_1.csv: row {3017 + row - 4000 + 1})" for row in BAD_ROWS]
+    assert any(place in str(fault) for place in places), fault
     assert "feature: 'x'" in str(fault), fault
     step = int(re.search(r"step (\d+)", fault.place).group(1))  # type: ignore[union-attr]
     folder = run / "failures" / f"step-{step}-rank-0"

@@ -189,10 +189,27 @@ def test_ids_of_two_steps_are_there_at_once_on_several_ranks() -> None:
 
 def test_training_asks_the_planner_for_all_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("recsys.learner.shard", lambda *given, **named: asked.append(named["batch_size"]) or 1 / 0)
+    monkeypatch.setattr(
+        "recsys.parallel.plan.planner_of", lambda *a, **named: asked.append(named["batch_size"]) or 1 / 0
+    )
     with open_world("cpu") as world, pytest.raises(ZeroDivisionError):
         Learner(experiment(train={"batch_size": 32, "accumulate": 3}), SCHEMA, world=world)
     assert asked == [96]
+
+
+def test_training_plans_once_and_not_at_all_where_it_has_ended(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def planner(*given: Any, **named: Any) -> Any:
+        asked.append(named["batch_size"])
+        return planner_of(*given, **named)
+
+    monkeypatch.setattr("recsys.parallel.plan.planner_of", planner)
+    short = experiment(train={"batch_size": 2000, "epochs": 1})
+    results = [train(short, data=dataset, run=tmp_path / "run", report=lambda line: None) for _ in range(2)]
+    assert asked == [2000] and results[0] == results[1]
 
 
 def test_caches_are_planned_for_rows_that_are_fetched_ahead() -> None:
