@@ -73,7 +73,8 @@ class LossGuard:
         inputs = self._learner.network.read(self._rows_BD, ids_BS=batch.ids_BS, floats_BN=batch.floats_BN)
         ranked_B = torch.where(batch.real_B > 0, losses_B.nan_to_num(torch.inf, torch.inf), -torch.inf)
         worst = ranked_B.topk(min(_NAMED_ROWS, int(batch.real_B.sum()))).indices.tolist()
-        bad = [at for at in worst if not math.isfinite(float(losses_B[at]))] or worst
+        broken = [at for at in worst if not math.isfinite(float(losses_B[at]))]
+        bad = broken or [at for at in worst if float(losses_B[at]) > loss] or worst  # others are not to blame
         feature = self._blame(inputs, batch, bad=bad)
         numbers = [] if batch.numbers_B is None else batch.numbers_B[bad].tolist()
         places = [self._rows.place(number) for number in numbers]
