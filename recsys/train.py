@@ -15,7 +15,7 @@ from recsys.clock import gpu_memory_gb, memory_gb, milliseconds, own_work
 from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment
-from recsys.failure import LossGuard, passed_unseen
+from recsys.failure import LossGuard, passed_unseen, refuse_broken
 from recsys.learner import Learner
 from recsys.metrics import Metrics
 from recsys.parallel.pipeline import IdsAhead
@@ -204,14 +204,21 @@ class Trainer:
 
     def _scores(self, split: str) -> tuple[Metrics, Any]:
         average_buffers(self.learner.network.head)  # one model on all ranks, as it is saved
-        rows, batch_size = self.splits[split], self.settings.batch_size
-        scored = evaluate_model(self.learner.model, rows, tasks=self.tasks, world=self.world, batch_size=batch_size)
+        scored = evaluate_model(
+            self.learner.model,
+            self.splits[split],
+            tasks=self.tasks,
+            world=self.world,
+            batch_size=self.settings.batch_size,
+            place=f"{self.run}: step {self.progress.step}",
+        )
         self.learner.clock.lap("evaluation")
         return scored
 
     def _save(self) -> None:
         average_buffers(self.learner.network.head)
         self._sum_losses()
+        refuse_broken(self.learner.network.head, self.run, step=self.progress.step)
         self._advance(usual_loss=self.guard.usual)
         self.checkpoints.save(self.progress, sharded=self.learner.sharded, optimizer=self.learner.optimizer)
         self._saved_step = self.progress.step

@@ -18,6 +18,7 @@ from recsys.cli import app
 from recsys.data import Batch
 from recsys.experiment import Experiment
 from recsys.failure import LossGuard, replay
+from recsys.learner import Guard, Learner
 from recsys.network import Scored
 from recsys.parallel.state import read_tensors
 from recsys.train import train
@@ -108,6 +109,38 @@ def test_what_nobody_looked_at_is_in_no_checkpoint(
     found = latest(tmp_path / "run")
     assert found and found[1].step == 4
     assert all(torch.isfinite(tensor).all() for tensor in read_tensors(found[0]).values())
+
+
+def test_weights_that_a_finite_loss_broke_are_not_saved(
+    dataset: Path, experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Learner.update
+
+    def breaks(learner: Learner, batch: Batch, *, step: int, guard: Guard) -> Tensor:
+        loss = update(learner, batch, step=step, guard=guard)
+        if step == 4:
+            next(learner.network.head.parameters()).data[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(Learner, "update", breaks)
+    with pytest.raises(Fault, match=r"run: step 4: got weights of the head that are not finite: wide\.bias_T; wanted"):
+        train(
+            experiment(train={"checkpoint_every_steps": 2}), data=dataset, run=tmp_path / "run", report=lambda r: None
+        )
+    found = latest(tmp_path / "run")
+    assert found and found[1].step == 2
+
+
+def test_scores_that_are_not_finite_stop_with_the_step_and_the_first_row(
+    dataset: Path, experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    """After the only step of an epoch no later loss shows it."""
+    steps = {"batch_size": 6000, "epochs": 1, "optimizer": "sgd", "learning_rate": 1e30}
+    with pytest.raises(
+        Fault, match=r"run: step 1: got no finite score of 2,000 of 2,000 rows, first .*part-0.*, row 0;"
+    ):
+        train(experiment(train=steps), data=dataset, run=tmp_path / "run", report=lambda record: None)
+    assert latest(tmp_path / "run") is None
 
 
 def test_a_folder_that_no_stopped_run_left_is_refused(tmp_path: Path) -> None:
