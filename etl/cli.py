@@ -121,6 +121,7 @@ def inspect(
 def locate(
     folder: Annotated[Path, typer.Argument(help="A dataset folder, for example out/demo/data.")],
     split: Annotated[str, typer.Argument(help="train, valid or test.")],
+    *,
     rows: Annotated[list[int], typer.Argument(help="Rows of it, counted from 0 over its shards, as predictions are.")],
 ) -> None:
     """Name the raw file that rows of a split come from, and the row in it, counted from 1.

@@ -26,6 +26,8 @@ from tests.recsys.conftest import write_dataset
 
 pytestmark = pytest.mark.usefixtures("quiet")
 BAD_FILE, BAD_ROWS = "part-1.parquet", [1234, 1235]
+BAD_PLACES = [f"{BAD_FILE}, row {row} (day_1.csv: row {3017 + row - 4000 + 1})" for row in BAD_ROWS]
+"""The first shard has 3,017 rows, the first raw file 4,000."""
 
 
 @pytest.fixture
@@ -35,20 +37,20 @@ def spoilt(tmp_path: Path) -> Callable[[float], Path]:
     So one of the two is far off, whatever the sign of its weight.
     """
 
-    def write(value: float) -> Path:
-        folder = write_dataset(tmp_path / "data")
-        path = folder / "train" / BAD_FILE
-        table = pq.read_table(path)
-        columns = {name: table[name].to_numpy().copy() for name in table.column_names}
-        columns["x"][BAD_ROWS] = value
-        columns["click"][BAD_ROWS] = (0, 1)
-        pq.write_table(pa.table(columns), path, row_group_size=700)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["splits"] = {"train": {"files": {"day_0.csv": 4000, "day_1.csv": 2000}}}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        return folder
+    return lambda value: spoil(write_dataset(tmp_path / "data"), value)
 
-    return write
+
+def spoil(folder: Path, value: float) -> Path:
+    path = folder / "train" / BAD_FILE
+    table = pq.read_table(path)
+    columns = {name: table[name].to_numpy().copy() for name in table.column_names}
+    columns["x"][BAD_ROWS] = value
+    columns["click"][BAD_ROWS] = (0, 1)
+    pq.write_table(pa.table(columns), path, row_group_size=700)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"] = {"train": {"files": {"day_0.csv": 4000, "day_1.csv": 2000}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 def stopped(experiment: Experiment, *, data: Path, run: Path) -> Fault:
@@ -74,8 +76,7 @@ def test_a_value_that_explodes_stops_with_its_place(
     settings["compile"] = compiled
     run = tmp_path / "run"
     fault = stopped(experiment(train=settings, model={"keep_prob": 1.0}), data=spoilt(value), run=run)
-    places = [f"{BAD_FILE}, row {row} (day_1.csv: row {3017 + row - 4000 + 1})" for row in BAD_ROWS]
-    assert any(place in str(fault) for place in places), fault
+    assert any(place in str(fault) for place in BAD_PLACES), fault
     assert "feature: 'x'" in str(fault), fault
     step = int(re.search(r"step (\d+)", fault.place).group(1))  # type: ignore[union-attr]
     folder = run / "failures" / f"step-{step}-rank-0"
