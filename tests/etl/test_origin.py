@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,8 @@ def test_whatever_divides_drops_or_draws(by: str, derived: str) -> None:
 
 @pytest.mark.parametrize("engine", ["polars", "nvtabular"])
 def test_both_engines_keep_the_order(engine: str) -> None:
-    if engine == "nvtabular":
-        pytest.importorskip("nvtabular", reason="the extra 'nvtabular' is not installed")
+    if engine == "nvtabular" and find_spec("nvtabular") is None:
+        pytest.skip("the extra 'nvtabular' is not installed")
     ending, folder = write_files("parquet"), Path("data")
     found = spec("parquet", ending, SPLITS["by row"], DERIVED["both"])
     run(found.model_copy(update={"etl": found.etl.model_copy(update={"engine": engine})}), folder, report=silent)
