@@ -117,6 +117,23 @@ def inspect(
             print(f"page: {page}")
 
 
+@app.command()
+def locate(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder, for example out/demo/data.")],
+    split: Annotated[str, typer.Argument(help="train, valid or test.")],
+    *,
+    rows: Annotated[list[int], typer.Argument(help="Rows of it, counted from 0 over its shards, as predictions are.")],
+) -> None:
+    """Name the raw file that rows of a split come from, and the row in it, counted from 1.
+
+    Header, comments and empty lines are no rows.
+    """
+    with exit_on_fault():
+        from etl.origin import locate as locate_rows
+
+        print("\n".join(locate_rows(folder, split, numbers=rows)))
+
+
 def _print_tables(found: dict[str, Any]) -> None:
     from rich.console import Console
 

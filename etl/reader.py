@@ -39,6 +39,8 @@ class Reader:
 
     def __init__(self, spec: FeatureSpec) -> None:
         self._spec = spec
+        self.rows: dict[Path, int] = {}
+        """Of each file that was read to its end."""
         self._clocks: dict[str, str] = {}
         self._file_columns, self._separators = spec.file_columns(), spec.separators()
         self._bags = [f for f in resolve(spec.features) if isinstance(f, Bag) and column_of(f) in self._file_columns]
@@ -121,6 +123,7 @@ class Reader:
                 if batch.num_rows:
                     yield at, f"{path}: rows {rows + 1} to {rows + batch.num_rows}", batch
                 rows += batch.num_rows
+            self.rows[path] = rows
 
     def _needed(self) -> list[str]:
         data = self._spec.data

@@ -52,7 +52,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         Thread(target=load).start()  # while labels are read
         raw_files, seen = _raw_files(spec), finished.beside(partial(training, spec))
         (raw := folder / "raw").mkdir()
-        typed = typed_files(spec, report=report) or stage(spec, raw, report=report)
+        typed = typed_files(spec, report=report) or stage(spec, raw, report=report, dataset=folder)
         fitted = _fit(spec, typed["train"], engine=engine, folder=folder, parent=parent, report=report)
         state, features, tables = fitted
         write_json(folder / "transform" / "transform.json", state)
@@ -70,7 +70,8 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
             shards = _Shards(folder / split, spec.etl, finished=finished)
             encode = engine.encoder(split, part, transform=transform)
             counted = _encode(spec, part, encode=encode, schema=schema, shards=shards, report=report)
-            stats[split] = counted | {"label_rate": part.labels.rates, "label_parts": part.labels.parts}
+            of_labels = {"label_rate": part.labels.rates, "label_parts": part.labels.parts}
+            stats[split] = counted | of_labels | {"files": part.files}
         shutil.rmtree(raw)
         _refuse_changed(raw_files, spec)
         manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": raw_files, "splits": stats}

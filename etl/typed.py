@@ -63,10 +63,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class Typed:
-    """The rows of a split: the fit takes their columns, the encoder parts of them."""
+    """The rows of a split: the fit takes their columns, the encoder parts of them; `files` are the split's own raw
+    files, with their rows."""
 
     columns: Columns
     labels: Labels
+    files: dict[str, int]
     parts: Callable[[], Iterator[Part]]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -145,7 +147,8 @@ def typed_files(spec: FeatureSpec, *, report: Report) -> dict[str, Typed] | None
         report(f"read {split}", 0, total=row_total(data, own))
         labels = count_labels(spec, Reader(spec).labels(own), split=split, paths=own)
         report(f"read {split}", labels.rows, total=labels.rows)
-        found[split] = Typed(Columns(_scan(spec, own), own), labels, parts=partial(Reader(spec).parts, own))
+        rows = {str(path): int(pq.read_metadata(path).num_rows) for path in own}
+        found[split] = Typed(Columns(_scan(spec, own), own), labels, rows, parts=partial(Reader(spec).parts, own))
     return found
 
 

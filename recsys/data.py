@@ -20,6 +20,7 @@ import torch
 
 from etl.artifact import read_json
 from etl.faults import Fault
+from etl.origin import raw_place
 from etl.schema import GROUP, WEIGHT, Schema, read_schema
 from recsys.ahead import ahead
 from recsys.shards import REMEDY, Int64s, RowGroup, Rows, check_ids, fill, row_groups, values_of
@@ -110,7 +111,7 @@ class Split:
     """The rows of one split."""
 
     def __init__(self, folder: Path, schema: Schema) -> None:
-        self._schema = schema
+        self._schema, self._folder = schema, folder
         self.groups = row_groups(folder)
         self.rows = sum(group.rows for group in self.groups)
 
@@ -226,10 +227,11 @@ class Split:
             raise Fault(self.place(first + int(row)), got=got, wanted="a finite number", remedy=REMEDY)
 
     def place(self, number: int) -> str:
-        """The file and the row in it, counted from 0, of a row of the split."""
+        """The shard and the row in it, counted from 0, of a row of the split; and the raw row if it is known."""
         group = self.groups[bisect_right(self.groups, number, key=lambda group: group.first) - 1]
         before = sum(other.rows for other in self.groups if other.file == group.file and other.index < group.index)
-        return f"{group.file}, row {number - group.first + before}"
+        raw = raw_place(self._folder.parent, self._folder.name, number=number)
+        return f"{group.file}, row {number - group.first + before}" + (f" ({raw})" if raw else "")
 
 
 @dataclass(frozen=True)

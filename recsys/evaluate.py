@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from etl.artifact import write_parquet
+from etl.faults import Fault
 from etl.schema import read_schema
 from recsys.checkpoint import best, refuse_damaged
 from recsys.data import Slice, Split
@@ -17,6 +18,9 @@ from recsys.network import build_network
 from recsys.parallel.shard import shard
 from recsys.parallel.state import restore_weights
 from recsys.parallel.world import World, gather_rows, open_world
+from recsys.run_folder import refuse_other_transform
+
+SPLITS = ("train", "valid", "test")
 
 
 class ScoredRows(NamedTuple):
@@ -50,10 +54,18 @@ def score_split(model: nn.Module, split: Split, *, world: World, batch_size: int
 
 
 def evaluate_model(
-    model: nn.Module, split: Split, *, tasks: list[str], world: World, batch_size: int
+    model: nn.Module, split: Split, *, tasks: list[str], world: World, batch_size: int, place: str
 ) -> tuple[Metrics, pa.Table]:
-    """Metrics, and float32 probabilities `<task>` beside labels `<task>/label`, NaN where a row does not count."""
+    """Metrics, and float32 probabilities `<task>` beside labels `<task>/label`, NaN where a row does not count.
+
+    Raises:
+        Fault: a logit is not finite, on all ranks; `place` says whose.
+    """
     rows = score_split(model, split, world=world, batch_size=batch_size)
+    if len(broken := (~rows.logits_RT.isfinite()).any(dim=1).nonzero()):
+        got = f"no finite score of {len(broken):,} of {len(rows.logits_RT):,} rows, first {split.place(int(broken[0]))}"
+        remedy = "look at that row, or train anew with lower learning rates"
+        raise Fault(place, got=got, wanted="finite scores", remedy=remedy)
     metrics = task_metrics(
         tasks,
         labels_RT=rows.labels_RT.double().numpy(),
@@ -79,18 +91,23 @@ def evaluate(run: Path, *, data: Path | None, split: str) -> Metrics | None:
     """The best checkpoint's metrics on a split; on other ranks than 0, None. Writes the predictions into the run.
 
     Raises:
-        Fault: the run has no checkpoint, its files are not as they were written, or the dataset folder lacks the split.
+        Fault: the run has no checkpoint, its files are not as they were written, or the dataset folder is of another
+            transform or lacks the split.
     """
-    experiment, schema = read_experiment(run), read_schema(run)
+    if split not in SPLITS:
+        raise Fault("--split", got=split, wanted=f"one of {', '.join(SPLITS)}", remedy="choose one of these")
+    experiment, schema, data = read_experiment(run), read_schema(run), data or run.parent / "data"
     with open_world(experiment.train.device) as world:
+        if world.rank == 0:
+            refuse_other_transform(run, data)
         network = build_network(experiment, schema, table_device="meta")
         sharded = shard(network, experiment.embedding, world=world, seed=experiment.seed)
         refuse_damaged(found := best(run), world=world)
         restore_weights(found, sharded)
-        rows = Split((data or run.parent / "data") / split, schema)
+        rows = Split(data / split, schema)
         batch_size = experiment.train.batch_size
         metrics, table = evaluate_model(
-            sharded.model, rows, tasks=schema.task_names, world=world, batch_size=batch_size
+            sharded.model, rows, tasks=schema.task_names, world=world, batch_size=batch_size, place=str(run)
         )
         if world.rank == 0:
             write_predictions(run, split, table=table)

@@ -46,8 +46,7 @@ class LossGuard:
 
     def __call__(self, scored: Scored, batch: Batch, *, logloss: Tensor) -> None:
         """Raises Fault, after it wrote `failures/step-N-rank-R` into the run."""
-        real = float(batch.real_B.sum())
-        if self.step % self._every or not real:
+        if self.step % self._every or not (real := float(batch.real_B.sum())):
             return
         loss = float(logloss.detach()) * batch.global_rows / self._learner.world.size / real
         if not math.isfinite(loss) or self._is_spike(loss):
@@ -73,7 +72,8 @@ class LossGuard:
         inputs = self._learner.network.read(self._rows_BD, ids_BS=batch.ids_BS, floats_BN=batch.floats_BN)
         ranked_B = torch.where(batch.real_B > 0, losses_B.nan_to_num(torch.inf, torch.inf), -torch.inf)
         worst = ranked_B.topk(min(_NAMED_ROWS, int(batch.real_B.sum()))).indices.tolist()
-        bad = [at for at in worst if not math.isfinite(float(losses_B[at]))] or worst
+        broken = [at for at in worst if not math.isfinite(float(losses_B[at]))]
+        bad = broken or [at for at in worst if float(losses_B[at]) > loss] or worst  # others are not to blame
         feature = self._blame(inputs, batch, bad=bad)
         numbers = [] if batch.numbers_B is None else batch.numbers_B[bad].tolist()
         places = [self._rows.place(number) for number in numbers]
@@ -135,6 +135,14 @@ def passed_unseen(run: Path, *, step: int) -> Fault:
         "give the same command with --set train.log_every_steps=1, which goes on before it and names rows and feature"
     )
     return Fault(f"{run}: step {step}", got=got, wanted="finite losses; nothing was saved", remedy=remedy)
+
+
+def refuse_broken(head: nn.Module, run: Path, *, step: int) -> None:
+    """Raises Fault where a finite loss moved weights or statistics to what is not finite: that must not be saved."""
+    if broken := [name for name, value in head.state_dict().items() if not bool(value.isfinite().all())]:
+        got = f"weights of the head that are not finite: {', '.join(broken)}"
+        remedy = "train anew with lower learning rates, or with train.clip_norm"
+        raise Fault(f"{run}: step {step}", got=got, wanted="finite weights; nothing was saved", remedy=remedy)
 
 
 def _at_median(values: Tensor, at: int) -> Tensor:

@@ -10,7 +10,7 @@ from recsys.ahead import AHEAD
 from recsys.data import WINDOW_BYTES
 from recsys.experiment import Experiment
 from recsys.layout import LANE
-from recsys.network import Network, build_network
+from recsys.network import Network
 from recsys.optim import state_count
 
 GIB = 1 << 30
@@ -48,12 +48,6 @@ class Dense:
     def host(self, device: str) -> dict[str, int]:
         """In host memory."""
         return {"reading": self.reading} | ({} if device == "cpu" else {"libraries": _CUDA_PROCESS})
-
-
-def reserved_bytes(experiment: Experiment, schema: Schema) -> int:
-    """`Dense.reserved` of a training run, from a network of its own: counting runs the head."""
-    network = build_network(experiment, schema, table_device="meta")
-    return dense_bytes(experiment, network, schema=schema).reserved(experiment.train.device)
 
 
 def dense_bytes(experiment: Experiment, network: Network, *, schema: Schema) -> Dense:

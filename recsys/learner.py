@@ -11,12 +11,11 @@ from recsys.clock import Clock
 from recsys.compiled import compile_dense
 from recsys.data import Batch
 from recsys.experiment import Experiment, Train
-from recsys.forecast import reserved_bytes
 from recsys.loss import head_penalty, mean_loss, penalised_layers
 from recsys.models.layers import FirstOrder
 from recsys.network import Network, Scored, build_network
 from recsys.optim import DenseOptimizer, OptimizerSettings
-from recsys.parallel.shard import shard
+from recsys.parallel.shard import ShardingPlan, shard, training_plan
 from recsys.parallel.world import World, average_gradients
 
 
@@ -29,17 +28,14 @@ class Guard(Protocol):
 class Learner:
     """Tables, head and what moves them. `rate` multiplies all learning rates."""
 
-    def __init__(self, experiment: Experiment, schema: Schema, *, world: World) -> None:
+    def __init__(
+        self, experiment: Experiment, schema: Schema, *, world: World, plan: ShardingPlan | None = None
+    ) -> None:
+        """Without a plan one is made. Raises Fault where nothing fits."""
         self.settings, self.world = experiment.train, world
         self.network = build_network(experiment, schema, table_device="meta")
-        self.sharded = shard(
-            self.network,
-            experiment.embedding,
-            world=world,
-            seed=experiment.seed,
-            batch_size=self.settings.rank_rows,
-            reserved_bytes=reserved_bytes(experiment, schema),
-        )
+        plan = plan or training_plan(experiment, schema, world=world)
+        self.sharded = shard(self.network, experiment.embedding, world=world, seed=experiment.seed, plan=plan)
         self.model = self.sharded.model
         if self.settings.compile:
             compile_dense(self._network(), device=self.settings.device)

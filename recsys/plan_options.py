@@ -1,5 +1,6 @@
 """What `recsys plan` is asked for; light, since the command line is made from it."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,9 @@ class PlanOptions:
         faults = [
             Fault(f"--{name}", got=str(v), wanted="at least 1", remedy="give a larger number") for name, v in small
         ]
+        for name, gib in (("hbm-gib", self.hbm_gib), ("ddr-gib", self.ddr_gib)):
+            if gib is not None and not 0 < gib < math.inf:
+                faults.append(Fault(f"--{name}", got=str(gib), wanted="a number above 0", remedy="say how many GiB"))
         hosts = self.hosts or (self.world_size // local if local > 0 else 1)
         if not faults and hosts * local != self.world_size:
             got = f"{self.world_size} ranks on {hosts} hosts of {local}"

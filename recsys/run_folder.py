@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from etl.artifact import Json, new_folder, write_json, write_text
+from etl.artifact import Json, digest, new_folder, read_json, sha256, write_json, write_text
 from etl.faults import Fault
 from etl.schema import Schema
 from recsys.experiment import Experiment, read_experiment
+from recsys.shards import REMEDY
 
+_DATA = "data.json"
 _FREE = {
     "train": {"batch_size", "accumulate", "checkpoint_every_steps", "keep"}
     | {"log_every_steps", "tensorboard", "dead_after_s"},
@@ -26,9 +28,11 @@ def open_run(run: Path, experiment: Experiment, *, schema: Schema, data: Path) -
     others by now: the log says so, and `experiment.json` is written anew.
 
     Raises:
-        Fault: the folder holds another experiment's run, or is no run folder.
+        Fault: the folder holds another experiment's run or one on other rows, or is no run folder.
     """
+    rows = digest(_files(data))
     if (run / "experiment.json").is_file():
+        _refuse_other_rows(run, data, rows=rows)
         return _go_on(run, experiment, there=read_experiment(run))
     if run.exists() and any(run.iterdir()):
         got, remedy = "a folder of something else", "use --run with a new folder"
@@ -36,7 +40,34 @@ def open_run(run: Path, experiment: Experiment, *, schema: Schema, data: Path) -
     with new_folder(run, marker="experiment.json") as beside:
         shutil.copytree(data / "transform", beside / "transform")
         schema.write(beside)
+        write_json(beside / _DATA, {"files": rows})
         write_json(beside / "experiment.json", experiment.as_json())
+
+
+def refuse_other_transform(run: Path, data: Path) -> None:
+    """Raises Fault where the ids of a dataset folder do not mean what those of a run do."""
+    made = {name: about["sha256"] for name, about in _files(data).items() if name.startswith("transform/")}
+    if other := [name for name, hashed in made.items() if not _holds(run / name, hashed)]:
+        got, wanted = f"{other[0]} of another fit than {run / other[0]}", "the folder that the run learned from"
+        raise Fault(str(data), got=got, wanted=wanted, remedy="name that one with --data, or train anew")
+
+
+def _holds(path: Path, hashed: str) -> bool:
+    return path.is_file() and sha256(path) == hashed
+
+
+def _files(data: Path) -> Json:
+    found: Json = read_json(data / "manifest.json", remedy=REMEDY)["files"]
+    return found
+
+
+def _refuse_other_rows(run: Path, data: Path, *, rows: str) -> None:
+    """A position in an epoch, and the ids of a vocabulary, mean nothing in a folder that was made of other rows."""
+    known = read_json(run / _DATA, remedy="use --run with a new folder")["files"]
+    if known != rows:
+        got, wanted = f"other rows or another transform than {run} learned from", "the folder as it was then"
+        remedy = "use --run with a new folder, and train.start_from to go on from what was learned"
+        raise Fault(str(data), got=got, wanted=wanted, remedy=remedy)
 
 
 def _go_on(run: Path, experiment: Experiment, *, there: Experiment) -> None:

@@ -15,14 +15,13 @@ from recsys.clock import gpu_memory_gb, memory_gb, milliseconds, own_work
 from recsys.data import Batch, Slice, Split, open_dataset
 from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment
-from recsys.failure import LossGuard, passed_unseen
+from recsys.failure import LossGuard, passed_unseen, refuse_broken
 from recsys.learner import Learner
 from recsys.metrics import Metrics
 from recsys.parallel.pipeline import IdsAhead
-from recsys.parallel.plan import make_plan
-from recsys.parallel.sharders import hardware_here
+from recsys.parallel.shard import training_plan
 from recsys.parallel.state import restore, restore_weights
-from recsys.parallel.world import World, average_buffers, barrier, from_all, mean_over_ranks, open_world
+from recsys.parallel.world import average_buffers, barrier, from_all, from_first, mean_over_ranks, open_world
 from recsys.run_folder import MetricsFile, open_run
 from recsys.table_use import table_uses
 from recsys.tensorboard import EventFile, require_tensorboard
@@ -44,13 +43,16 @@ def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> J
     if settings.tensorboard:
         require_tensorboard()
     with open_world(settings.device, dead_after_s=settings.dead_after_s) as world:
+        ended = from_first((run / "result.json").is_file())
+        plan = None if ended else training_plan(experiment, schema, world=world)  # refuses what does not fit
         if world.rank == 0:
-            if not (run / "result.json").is_file():
-                make_plan(experiment, schema, hardware=hardware_here(world))  # refuses what does not fit
             open_run(run, experiment, schema=schema, data=data)
         barrier()
+        if plan is None:
+            return _result_of(run)
+        learner = Learner(experiment, schema, world=world, plan=plan)
         with Checkpoints(run, world=world, keep=settings.keep) as checkpoints:
-            trainer = Trainer(experiment, schema, data=data, checkpoints=checkpoints, world=world, report=report)
+            trainer = Trainer(experiment, schema, data=data, checkpoints=checkpoints, learner=learner, report=report)
             trainer.resume()
             while not trainer.progress.finished:
                 for batch in trainer.rest_of_epoch():
@@ -60,6 +62,11 @@ def train(experiment: Experiment, *, data: Path, run: Path, report: Report) -> J
                     trainer.save_if_due()
                 trainer.end_epoch()
             return trainer.finish()
+
+
+def _result_of(run: Path) -> Json:
+    found: Json = read_json(run / "result.json", remedy="delete it and run the command again")
+    return found
 
 
 class Trainer:
@@ -72,20 +79,20 @@ class Trainer:
         *,
         data: Path,
         checkpoints: Checkpoints,
-        world: World,
+        learner: Learner,
         report: Report,
     ) -> None:
         self.experiment, self.schema, self.settings = experiment, schema, experiment.train
-        self.checkpoints, self.run, self.world, self.report = checkpoints, checkpoints.run, world, report
+        self.checkpoints, self.run, self.report = checkpoints, checkpoints.run, report
+        self.learner, self.world = learner, learner.world
         self.tasks, self.progress = schema.task_names, Progress(seed=experiment.seed)
         self.splits = {name: Split(data / name, schema) for name in ("train", "valid", "test")}
-        self.mine = Slice(world.rank, world.size, self.settings.rank_rows)
-        self.learner = Learner(experiment, schema, world=world)
-        sharded, clock = self.learner.sharded, self.learner.clock
-        self.ids_ahead = IdsAhead(sharded, clock=clock) if world.size > 1 or sharded.cached else None
+        self.mine = Slice(self.world.rank, self.world.size, self.settings.rank_rows)
+        several = self.world.size > 1 or learner.sharded.cached
+        self.ids_ahead = IdsAhead(learner.sharded, clock=learner.clock) if several else None
         self.guard = LossGuard(self.learner, schema, rows=self.splits["train"], run=self.run)
         self.events: EventFile | None = None
-        self._loss, self._saved_step = torch.zeros((), device=world.device), -1
+        self._loss, self._saved_step = torch.zeros((), device=self.world.device), -1
         self._began, self._seconds_before, self._rows_before = time.monotonic(), 0.0, 0
 
     def resume(self) -> None:
@@ -147,12 +154,8 @@ class Trainer:
 
     def finish(self) -> Json:
         """The best weights' metrics on validation and test rows, written once."""
-        path = self.run / "result.json"
         if self.events:
             self.events.close()
-        if path.is_file():
-            found: Json = read_json(path, remedy="delete it and run the command again")
-            return found
         self.checkpoints.wait()
         p = self.progress
         if p.best_step != p.step:
@@ -166,7 +169,7 @@ class Trainer:
         uses = table_uses(self.schema, self.splits["train"].groups, world=self.world)
         if self.world.rank == 0:
             write_json(self.run / "tables.json", {name: use.model_dump() for name, use in uses.items()})
-            write_json(path, result)
+            write_json(self.run / "result.json", result)
         barrier()
         return result
 
@@ -201,14 +204,21 @@ class Trainer:
 
     def _scores(self, split: str) -> tuple[Metrics, Any]:
         average_buffers(self.learner.network.head)  # one model on all ranks, as it is saved
-        rows, batch_size = self.splits[split], self.settings.batch_size
-        scored = evaluate_model(self.learner.model, rows, tasks=self.tasks, world=self.world, batch_size=batch_size)
+        scored = evaluate_model(
+            self.learner.model,
+            self.splits[split],
+            tasks=self.tasks,
+            world=self.world,
+            batch_size=self.settings.batch_size,
+            place=f"{self.run}: step {self.progress.step}",
+        )
         self.learner.clock.lap("evaluation")
         return scored
 
     def _save(self) -> None:
         average_buffers(self.learner.network.head)
         self._sum_losses()
+        refuse_broken(self.learner.network.head, self.run, step=self.progress.step)
         self._advance(usual_loss=self.guard.usual)
         self.checkpoints.save(self.progress, sharded=self.learner.sharded, optimizer=self.learner.optimizer)
         self._saved_step = self.progress.step

@@ -5,12 +5,13 @@ TorchRec's planner chooses; the bytes are counted here, from the shards it made 
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torchrec import EmbeddingBagConfig
 from torchrec.distributed.planner.types import PlannerError, Stats
+from torchrec.distributed.types import ShardingPlan
 
 from etl.faults import Fault
 from etl.schema import Schema
@@ -18,6 +19,7 @@ from recsys.experiment import Embedding, Experiment
 from recsys.forecast import GIB, Dense, dense_bytes
 from recsys.network import Network, build_network
 from recsys.optim import state_count
+from recsys.parallel.refusals import largest, spilling_placement, too_large
 from recsys.parallel.rows import needs_own_rows
 from recsys.parallel.sharders import HEADROOM, Hardware, planner_of, resized, sharder_of, states_shown
 
@@ -58,7 +60,7 @@ class RankPlan:
 class Plan:
     """A whole plan; `hbm_limit` and `ddr_limit` are what a rank may use, in bytes, headroom taken off.
 
-    `batch_size` are the rows of a rank in one step.
+    `batch_size` are the rows of a rank in one step; `sharding` is the plan as torchrec carries it out.
     """
 
     hardware: Hardware
@@ -68,6 +70,7 @@ class Plan:
     ranks: tuple[RankPlan, ...]
     hbm_limit: int
     ddr_limit: int
+    sharding: ShardingPlan
 
 
 class _Keep(Stats):  # type: ignore[misc]
@@ -91,46 +94,78 @@ def make_plan(experiment: Experiment, schema: Schema, *, hardware: Hardware) -> 
     dense = dense_bytes(experiment, network, schema=schema)
     tables = network.tables = resized(network.tables, embedding)
     configs = {config.name: config for config in tables.embedding_bag_configs()}
-    reserved = dense.reserved(hardware.device)
-    kept = _Keep()
-    planner = planner_of(
-        tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved, stats=[kept]
+    reserved, kept = dense.reserved(hardware.device), _Keep()
+    sharding = place_tables(
+        network, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved, stats=[kept]
     )
-    logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
-    try:
-        with states_shown(tables, embedding):
-            planner.plan(network, sharder_of(embedding, hardware.device))
-    except PlannerError:
-        raise too_large(configs.values(), embedding, hardware=hardware, reserved=reserved) from None
     shards = tuple(_shards(kept.options, configs, embedding=embedding))
     ranks = tuple(_ranks(shards, configs, network=network, experiment=experiment, hardware=hardware, dense=dense))
     hbm_limit = int(hardware.hbm_bytes * (1 - HEADROOM))
     ddr_limit = int(hardware.ddr_bytes // hardware.ranks_per_host * (1 - HEADROOM))
     rows = {name: config.num_embeddings for name, config in configs.items()}
-    plan = Plan(hardware, batch_size, rows, shards, ranks, hbm_limit, ddr_limit)
-    _check_limits(plan)
+    plan = Plan(hardware, batch_size, rows, shards, ranks, hbm_limit, ddr_limit, sharding)
+    _check_limits(plan, embedding)
     return plan
 
 
-def _check_limits(plan: Plan) -> None:
+def place_tables(
+    network: Network,
+    embedding: Embedding,
+    *,
+    hardware: Hardware,
+    batch_size: int,
+    reserved_bytes: int = 0,
+    stats: Sequence[Stats] = (),
+) -> ShardingPlan:
+    """TorchRec's plan for the tables of a network, which are in their precisions by now (`resized`).
+
+    `batch_size`, of one rank, helps to weigh memory and communication; `reserved_bytes` of each rank's memory are left
+    to what is not a table.
+
+    Raises:
+        Fault: they do not fit; the largest tables and what would help are named.
+    """
+    tables = network.tables
+    planner = planner_of(
+        tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved_bytes, stats=stats
+    )
+    logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
+    try:
+        with states_shown(tables, embedding):
+            return planner.plan(network, sharder_of(embedding, hardware.device))
+    except PlannerError:
+        sizes = {config.name: _whole_bytes(config, embedding) for config in tables.embedding_bag_configs()}
+        raise too_large(sizes, embedding, hardware=hardware, reserved=reserved_bytes) from None
+
+
+def _check_limits(plan: Plan, embedding: Embedding) -> None:
     """Also what the planner does not count has to fit."""
     for rank in plan.ranks:
         for name, held, limit in (("GPU", rank.hbm, plan.hbm_limit), ("host", rank.ddr, plan.ddr_limit)):
             if sum(held.values()) > limit:
-                parts = ", ".join(f"{part} {size / GIB:,.1f}" for part, size in _largest(held).items())
+                parts = ", ".join(f"{part} {size / GIB:,.1f}" for part, size in largest(held).items())
                 tables = Counter[str]()
                 for shard in plan.shards:
                     tables[shard.table] += (shard.weight_bytes + shard.state_bytes) * (shard.rank == rank.rank)
-                named = ", ".join(f"'{table}' {size / GIB:,.1f}" for table, size in _largest(+tables).items())
+                named = ", ".join(f"'{table}' {size / GIB:,.1f}" for table, size in largest(+tables).items())
                 got = f"rank {rank.rank} with {sum(held.values()) / GIB:,.1f} GiB of {name} memory, {parts} the most"
                 got += f"; of its tables {named}" if named else ""
                 remedy = "lower train.batch_size, take more ranks, or cut the rows of the largest tables"
-                remedy += ", or place some in 'uvm_caching'" if name == "GPU" else ""
+                remedy += f", or place some in '{spilling_placement(embedding)}'" if name == "GPU" else ""
                 raise Fault("plan", got=got, wanted=f"at most {limit / GIB:,.1f} GiB", remedy=remedy)
 
 
-def _largest(sizes: Mapping[str, int]) -> dict[str, int]:
-    return {name: sizes[name] for name in sorted(sizes, key=lambda name: -sizes[name])[:3]}
+def _whole_bytes(config: EmbeddingBagConfig, embedding: Embedding) -> int:
+    """Of a whole table with its states."""
+    name, rows, columns = config.name, config.num_embeddings, config.embedding_dim
+    return weight_bytes(embedding, name, rows=rows, columns=columns) + state_bytes(
+        embedding, name, rows=rows, columns=columns
+    )
+
+
+def weight_bytes(embedding: Embedding, table: str, *, rows: int, columns: int) -> int:
+    """Of the rows of a shard."""
+    return rows * columns * (2 if embedding.of(table).precision == "fp16" else 4)
 
 
 def state_bytes(embedding: Embedding, table: str, *, rows: int, columns: int) -> int:
@@ -158,7 +193,7 @@ def _shards(
                 first_column=shard.offset[1],
                 rows=rows,
                 columns=columns,
-                weight_bytes=rows * columns * (2 if embedding.of(option.name).precision == "fp16" else 4),
+                weight_bytes=weight_bytes(embedding, option.name, rows=rows, columns=columns),
                 state_bytes=state_bytes(embedding, option.name, rows=rows, columns=columns),
                 ms=shard.perf.total,
             )
@@ -247,38 +282,3 @@ def _sent_bytes(shard: ShardPlan, slots: int, *, embedding: Embedding, hardware:
     parts = {"row_wise": hardware.ranks}.get(shard.sharding, hardware.ranks_per_host)
     share = 1 / parts if shard.sharding in _ROW_CUTS else 1.0
     return int(rows * others * slots * (shard.columns * sizes + share * _ID_BYTES))
-
-
-def too_large(
-    configs: Iterable[EmbeddingBagConfig], embedding: Embedding, *, hardware: Hardware, reserved: int = 0
-) -> Fault:
-    """Names the tables, the room, and what would make it fit."""
-    sizes = {}
-    for config in configs:
-        name, rows, columns = config.name, config.num_embeddings, config.embedding_dim
-        weight_bytes = rows * columns * (2 if embedding.of(name).precision == "fp16" else 4)
-        sizes[name] = weight_bytes + state_bytes(embedding, name, rows=rows, columns=columns)
-    cuda = hardware.device == "cuda"
-    capacity = hardware.hbm_bytes if cuda else hardware.ddr_bytes // hardware.ranks_per_host
-    room, total = max(int(capacity * (1 - HEADROOM)) - reserved, 0), sum(sizes.values())
-    largest = list(_largest(sizes))
-    uncut = [n for n in largest if sizes[n] > room and embedding.of(n).sharding in ("table_wise", "data_parallel")]
-    remedies = [f"cut the rows of {', '.join(uncut)} (sharding 'row_wise')"] if uncut else []
-    if not room:
-        remedies.append("lower train.batch_size")
-    else:
-        ranks = max(-(-int(total * 1.1) // room), hardware.ranks + 1)
-        hosts = -(-ranks // hardware.ranks_per_host)
-        remedies.append(f"take {hosts * hardware.ranks_per_host} ranks or more")
-    if cuda and total < hardware.ranks * hardware.ddr_bytes // hardware.ranks_per_host * (1 - HEADROOM):
-        remedies.append("let tables spill into host memory (placement 'uvm_caching')")
-    if not embedding.rowwise and state_count(embedding):
-        remedies.append("take rowwise_adagrad, which keeps one number a row")
-    if all(embedding.of(name).precision == "fp32" for name in largest):
-        remedies.append("keep rows in fp16 (precision 'fp16')")
-    named = ", ".join(f"'{name}' ({sizes[name] / GIB:,.1f} GiB)" for name in largest)
-    got = f"{total / GIB:,.1f} GiB of tables and states, the largest {named}"
-    wanted = (
-        f"at most {room / GIB:,.1f} GiB on each of {hardware.ranks} ranks, beside {reserved / GIB:,.1f} GiB of others"
-    )
-    return Fault("plan", got=got, wanted=wanted, remedy=", or ".join(remedies))

@@ -1,6 +1,6 @@
 """Shards a network's tables over the ranks and wraps its dense part, all from outside."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +13,21 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag
 from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 from torchrec.distributed.planner.constants import BATCH_SIZE
-from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import Shard, ShardedTensor, ShardingPlan
 from torchrec.optim import RowWiseAdagrad, apply_optimizer_in_backward
 
 from etl.faults import Fault
-from recsys.experiment import Embedding
+from etl.schema import Schema
+from recsys.experiment import Embedding, Experiment
 from recsys.network import Network, init_rows
 from recsys.parallel.cached import Cached, is_cached
-from recsys.parallel.plan import too_large
+from recsys.parallel.plan import make_plan, place_tables
 from recsys.parallel.replicated import ReplicatedRows
 from recsys.parallel.rows import RowOptimizer, hold, needs_own_rows
-from recsys.parallel.sharders import Sharder, hardware_here, planner_of, resized, sharder_of, states_shown
+from recsys.parallel.sharders import hardware_here, resized, sharder_of
 from recsys.parallel.world import World
 
-__all__ = ["Sharded", "shard"]
+__all__ = ["Sharded", "ShardingPlan", "shard", "training_plan"]
 
 _FILL_ROWS = 1 << 20  # drawn at once
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -81,27 +81,29 @@ class Sharded:
         return (*((self.rows,) if self.rows else ()), *self.replicated)
 
 
+def training_plan(experiment: Experiment, schema: Schema, *, world: World) -> ShardingPlan:
+    """Rank 0's plan for the processes that run, on all of them.
+
+    Raises:
+        Fault: it does not fit; on every rank.
+    """
+    return _agreed(lambda: make_plan(experiment, schema, hardware=hardware_here(world)).sharding, world=world)
+
+
 def shard(
-    network: Network,
-    embedding: Embedding,
-    *,
-    world: World,
-    seed: int,
-    batch_size: int = BATCH_SIZE,
-    reserved_bytes: int = 0,
+    network: Network, embedding: Embedding, *, world: World, seed: int, plan: ShardingPlan | None = None
 ) -> Sharded:
     """The network over all ranks: tables sharded, with their optimizer in the backward pass, and rows initialised.
 
-    `batch_size`, of one rank, helps the planner to weigh memory and communication; it leaves `reserved_bytes` of each
-    rank's memory to what is not a table.
+    Without a plan one is made for the tables alone.
 
     Raises:
-        Fault: the tables do not fit; on every rank, so that none is left waiting.
+        Fault: the tables do not fit; on every rank.
     """
     network.tables = tables = resized(network.tables, embedding)
     sharder = sharder_of(embedding, world.device.type)
-    plan = _agreed_plan(
-        network, embedding, sharder=sharder, world=world, batch_size=batch_size, reserved_bytes=reserved_bytes
+    plan = plan or _agreed(
+        lambda: place_tables(network, embedding, hardware=hardware_here(world), batch_size=BATCH_SIZE), world=world
     )
     _choose_optimizers(tables, embedding)
     network.head.to(world.device)
@@ -128,29 +130,20 @@ def _choose_optimizers(tables: EmbeddingBagCollection, embedding: Embedding) -> 
         apply_optimizer_in_backward(chosen[0], bag.parameters(), chosen[1])
 
 
-def _agreed_plan(
-    network: Network, embedding: Embedding, *, sharder: Sharder, world: World, batch_size: int, reserved_bytes: int
-) -> ShardingPlan:
-    """Rank 0's plan, or its fault, on all ranks."""
+def _agreed(make: Callable[[], ShardingPlan], *, world: World) -> ShardingPlan:
+    """What rank 0 makes, on all ranks; every rank has to call. Raises its Fault there, so that none waits."""
     found: list[Any] = [None]
     if world.rank == 0:
-        tables, hardware = network.tables, hardware_here(world)
         try:
-            planner = planner_of(
-                tables, embedding, hardware=hardware, batch_size=batch_size, reserved_bytes=reserved_bytes
-            )
-            with states_shown(tables, embedding):
-                found = [planner.plan(network, sharder)]
-        except PlannerError:
-            fault = too_large(tables.embedding_bag_configs(), embedding, hardware=hardware, reserved=reserved_bytes)
-            found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
+            found = [make()]
         except Fault as fault:
             found = [(fault.place, fault.got, fault.wanted, fault.remedy)]
     dist.broadcast_object_list(found, device=world.device)
     if isinstance(found[0], tuple):
         place, got, wanted, remedy = found[0]
         raise Fault(place, got=got, wanted=wanted, remedy=remedy)
-    return found[0]
+    plan: ShardingPlan = found[0]
+    return plan
 
 
 def _with_optimizers(model: DistributedModelParallel, embedding: Embedding, *, vectors: dict[str, int]) -> Sharded:

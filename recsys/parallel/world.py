@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore, Store
 
+from etl.faults import Fault
 from recsys.parallel.alive import COME_WITHIN_S
 from recsys.parallel.meeting import meeting
 
@@ -38,12 +40,13 @@ def open_world(device: str, *, dead_after_s: float = DEAD_AFTER_S) -> Iterator[W
     aborts the process.
 
     Raises:
-        Fault: another rank ended; it is named, with its host.
+        Fault: another rank ended; it is named, with its host. Or there is no GPU for this one.
     """
     backend = "nccl" if device == "cuda" else "gloo"
     rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
-    world, alone = World(rank, size, _own_device(device)), contextlib.nullcontext[Store](HashStore())
+    alone = contextlib.nullcontext[Store](HashStore())
     with meeting(rank, size, dead_after_s=dead_after_s) if size > 1 else alone as store:
+        world = World(rank, size, _own_device(device))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
         try:
             yield world
@@ -55,6 +58,10 @@ def _own_device(device: str) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if own.index >= torch.cuda.device_count():
+        got, wanted = f"{torch.cuda.device_count()} GPUs on {socket.gethostname()}", "one for each of its ranks"
+        remedy = "set train.device = 'cpu', start fewer ranks there, or install torch for CUDA"
+        raise Fault("train.device = 'cuda'", got=got, wanted=wanted, remedy=remedy)
     torch.cuda.set_device(own)
     return own
 

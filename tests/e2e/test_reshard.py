@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recsys.checkpoint import Checkpoints, latest
 from recsys.data import Batch
+from recsys.learner import Learner
 from recsys.parallel.state import read_tensors
 from recsys.parallel.world import open_world
 from recsys.placement import Sharding
@@ -85,7 +86,8 @@ def learn(leg: Leg, *, rank: int, folder: Path) -> None:
     embedding = OPTIMIZERS[leg.optimizer] | {"sharding": leg.kind}
     settings = experiment(train=train, embedding=embedding, model={"kind": "deepfm", "hidden": [8], "keep_prob": 1.0})
     with open_world("cpu") as world, Checkpoints(run, world=world, keep=2) as checkpoints:
-        where = {"data": folder / "data", "checkpoints": checkpoints, "world": world, "report": lambda line: None}
+        learner = Learner(settings, SCHEMA, world=world)
+        where = {"data": folder / "data", "checkpoints": checkpoints, "learner": learner, "report": lambda line: None}
         trainer = Watched(settings, SCHEMA, **where)
         run.mkdir(exist_ok=True)
         trainer.resume()

@@ -18,6 +18,7 @@ from recsys.cli import app
 from recsys.data import Batch
 from recsys.experiment import Experiment
 from recsys.failure import LossGuard, replay
+from recsys.learner import Guard, Learner
 from recsys.network import Scored
 from recsys.parallel.state import read_tensors
 from recsys.train import train
@@ -25,6 +26,8 @@ from tests.recsys.conftest import write_dataset
 
 pytestmark = pytest.mark.usefixtures("quiet")
 BAD_FILE, BAD_ROWS = "part-1.parquet", [1234, 1235]
+BAD_PLACES = [f"{BAD_FILE}, row {row} (day_1.csv: row {3017 + row - 4000 + 1})" for row in BAD_ROWS]
+"""The first shard has 3,017 rows, the first raw file 4,000."""
 
 
 @pytest.fixture
@@ -34,17 +37,20 @@ def spoilt(tmp_path: Path) -> Callable[[float], Path]:
     So one of the two is far off, whatever the sign of its weight.
     """
 
-    def write(value: float) -> Path:
-        folder = write_dataset(tmp_path / "data")
-        path = folder / "train" / BAD_FILE
-        table = pq.read_table(path)
-        columns = {name: table[name].to_numpy().copy() for name in table.column_names}
-        columns["x"][BAD_ROWS] = value
-        columns["click"][BAD_ROWS] = (0, 1)
-        pq.write_table(pa.table(columns), path, row_group_size=700)
-        return folder
+    return lambda value: spoil(write_dataset(tmp_path / "data"), value)
 
-    return write
+
+def spoil(folder: Path, value: float) -> Path:
+    path = folder / "train" / BAD_FILE
+    table = pq.read_table(path)
+    columns = {name: table[name].to_numpy().copy() for name in table.column_names}
+    columns["x"][BAD_ROWS] = value
+    columns["click"][BAD_ROWS] = (0, 1)
+    pq.write_table(pa.table(columns), path, row_group_size=700)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"] = {"train": {"files": {"day_0.csv": 4000, "day_1.csv": 2000}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 def stopped(experiment: Experiment, *, data: Path, run: Path) -> Fault:
@@ -70,7 +76,7 @@ def test_a_value_that_explodes_stops_with_its_place(
     settings["compile"] = compiled
     run = tmp_path / "run"
     fault = stopped(experiment(train=settings, model={"keep_prob": 1.0}), data=spoilt(value), run=run)
-    assert any(f"{BAD_FILE}, row {row}" in str(fault) for row in BAD_ROWS), fault
+    assert any(place in str(fault) for place in BAD_PLACES), fault
     assert "feature: 'x'" in str(fault), fault
     step = int(re.search(r"step (\d+)", fault.place).group(1))  # type: ignore[union-attr]
     folder = run / "failures" / f"step-{step}-rank-0"
@@ -104,6 +110,38 @@ def test_what_nobody_looked_at_is_in_no_checkpoint(
     found = latest(tmp_path / "run")
     assert found and found[1].step == 4
     assert all(torch.isfinite(tensor).all() for tensor in read_tensors(found[0]).values())
+
+
+def test_weights_that_a_finite_loss_broke_are_not_saved(
+    dataset: Path, experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Learner.update
+
+    def breaks(learner: Learner, batch: Batch, *, step: int, guard: Guard) -> Tensor:
+        loss = update(learner, batch, step=step, guard=guard)
+        if step == 4:
+            next(learner.network.head.parameters()).data[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(Learner, "update", breaks)
+    with pytest.raises(Fault, match=r"run: step 4: got weights of the head that are not finite: wide\.bias_T; wanted"):
+        train(
+            experiment(train={"checkpoint_every_steps": 2}), data=dataset, run=tmp_path / "run", report=lambda r: None
+        )
+    found = latest(tmp_path / "run")
+    assert found and found[1].step == 2
+
+
+def test_scores_that_are_not_finite_stop_with_the_step_and_the_first_row(
+    dataset: Path, experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    """After the only step of an epoch no later loss shows it."""
+    steps = {"batch_size": 6000, "epochs": 1, "optimizer": "sgd", "learning_rate": 1e30}
+    with pytest.raises(
+        Fault, match=r"run: step 1: got no finite score of 2,000 of 2,000 rows, first .*part-0.*, row 0;"
+    ):
+        train(experiment(train=steps), data=dataset, run=tmp_path / "run", report=lambda record: None)
+    assert latest(tmp_path / "run") is None
 
 
 def test_a_folder_that_no_stopped_run_left_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Plans for hardware that is not there: every row is held once, bytes add up, and what cannot fit is named."""
 
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,8 +132,27 @@ def test_what_cannot_fit_is_named_with_what_would_help() -> None:
         make_plan(chosen, sized(user=300_000_000), hardware=H100S)
     text = str(fault.value)
     assert "'user' (295" in text
-    assert "cut the rows of user (sharding 'row_wise')" in text
+    assert "remedy: cut the rows of user (sharding 'row_wise'), or let tables spill" in text, "as many ranks are enough"
     assert "rowwise_adagrad" in text and "uvm_caching" in text and "fp16" in text
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "table_row_wise"])
+def test_more_ranks_alone_do_not_help_a_table_that_stays_whole_or_on_a_host(sharding: str) -> None:
+    """The remedy is planned as it says: with the cut and the ranks it fits."""
+    large = sized(user=20_000_000_000)  # 9.6 TiB
+    chosen = {"sharding": sharding, "dim": 128, "placement": "hbm"}
+    with pytest.raises(
+        Fault, match=r"cut the rows of user \(sharding 'row_wise'\) and take (\d+) ranks or more"
+    ) as told:
+        make_plan(experiment(embedding=chosen), large, hardware=H100S)
+    ranks = int(re.search(r"take (\d+) ranks", str(told.value))[1])  # type: ignore[index]
+    cut = experiment(embedding=chosen | {"tables": {"user": {"sharding": "row_wise"}}})
+    make_plan(cut, large, hardware=Hardware(ranks, ranks // 8, "cuda", 80 * GIB, 2048 * GIB))
+
+
+def test_no_room_at_all_is_no_fault_of_tables() -> None:
+    with pytest.raises(Fault, match=r"remedy: lower train\.batch_size, or take ranks with more memory$"):
+        make_plan(experiment(), SCHEMA, hardware=Hardware(1, 1, "cpu", 0, GIB // 4))
 
 
 def test_a_plan_at_its_limit_fits_and_one_rank_less_does_not() -> None:
@@ -189,10 +209,27 @@ def test_ids_of_two_steps_are_there_at_once_on_several_ranks() -> None:
 
 def test_training_asks_the_planner_for_all_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("recsys.learner.shard", lambda *given, **named: asked.append(named["batch_size"]) or 1 / 0)
+    monkeypatch.setattr(
+        "recsys.parallel.plan.planner_of", lambda *a, **named: asked.append(named["batch_size"]) or 1 / 0
+    )
     with open_world("cpu") as world, pytest.raises(ZeroDivisionError):
         Learner(experiment(train={"batch_size": 32, "accumulate": 3}), SCHEMA, world=world)
     assert asked == [96]
+
+
+def test_training_plans_once_and_not_at_all_where_it_has_ended(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def planner(*given: Any, **named: Any) -> Any:
+        asked.append(named["batch_size"])
+        return planner_of(*given, **named)
+
+    monkeypatch.setattr("recsys.parallel.plan.planner_of", planner)
+    short = experiment(train={"batch_size": 2000, "epochs": 1})
+    results = [train(short, data=dataset, run=tmp_path / "run", report=lambda line: None) for _ in range(2)]
+    assert asked == [2000] and results[0] == results[1]
 
 
 def test_caches_are_planned_for_rows_that_are_fetched_ahead() -> None:
@@ -241,6 +278,8 @@ def test_text_and_picture_show_all_ranks(tmp_path: Path) -> None:
         PlanOptions(world_size=0),
         PlanOptions(world_size=8, local_world_size=3),
         PlanOptions(device="gpu"),
+        PlanOptions(hbm_gib=-80.0),
+        PlanOptions(ddr_gib=math.nan),
         PlanOptions(picture=Path("plan.pdf")),
     ],
 )

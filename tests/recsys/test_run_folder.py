@@ -1,15 +1,18 @@
 """A run goes on with what its checkpoints do not depend on; another experiment's run is refused."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from etl.artifact import write_json
+from etl.artifact import sha256, write_json
 from etl.faults import Fault
+from recsys.evaluate import evaluate
 from recsys.experiment import Experiment, read_experiment
-from recsys.run_folder import open_run
+from recsys.run_folder import open_run, refuse_other_transform
 from tests.recsys.conftest import SCHEMA, experiment
 
 
@@ -61,3 +64,39 @@ def test_a_run_that_ended_is_that_of_its_settings(run: Path, dataset: Path) -> N
     write_json(run / "result.json", {})
     with pytest.raises(Fault, match=r"train\.batch_size"):
         begin(run, experiment(train={"batch_size": 64}), data=dataset)
+
+
+@pytest.fixture
+def fitted(dataset: Path, tmp_path: Path) -> Path:
+    """A dataset folder with a fitted number, which its manifest lists."""
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    refit(folder, mean=0.5)
+    return folder
+
+
+def refit(folder: Path, *, mean: float) -> None:
+    write_json(folder / "transform" / "transform.json", {"mean": mean})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {"transform/transform.json": {"sha256": sha256(folder / "transform" / "transform.json")}}
+    write_json(folder / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_rows_that_were_made_anew_are_refused(fitted: Path, tmp_path: Path, ended: bool) -> None:
+    """The same sections, so the same hash, and other raw rows: ids and positions mean something else."""
+    run = tmp_path / "run"
+    begin(run, experiment(), data=fitted)
+    if ended:
+        write_json(run / "result.json", {})
+    begin(run, experiment(), data=fitted)
+    refuse_other_transform(run, fitted)
+    refit(fitted, mean=0.25)
+    with pytest.raises(Fault, match=r"data: got other rows or another transform than .*run learned from"):
+        begin(run, experiment(), data=fitted)
+    with pytest.raises(Fault, match=r"got transform/transform\.json of another fit than"):
+        evaluate(run, data=fitted, split="test")
+
+
+def test_a_split_that_there_is_not_is_refused(run: Path, dataset: Path) -> None:
+    with pytest.raises(Fault, match="--split: got dev; wanted one of train, valid, test"):
+        evaluate(run, data=dataset, split="dev")
