@@ -16,9 +16,9 @@ from typing import Any
 
 import llvmlite.binding as llvm
 import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
 
-from etl.artifact import read_json, write_json
-from etl.faults import Fault
+from etl.artifact import write_json
 
 _PLACES = (Path(__file__).parent / "__pycache__", Path.home() / ".cache" / "rankforge")
 _lock = threading.Lock()
@@ -69,8 +69,8 @@ def _texts(file: str) -> Texts:
     """As they are kept in this file; else compiled, and kept at the first place that can be written."""
     for path in (place / file for place in _PLACES):
         try:
-            return {name: (symbol, text) for name, (symbol, text) in read_json(path, remedy="").items()}
-        except (Fault, OSError, ValueError):
+            return TypeAdapter(Texts).validate_json(path.read_bytes())
+        except (OSError, ValidationError):
             continue  # not there, or not whole
     from etl.engines.loops import LOOPS
 
