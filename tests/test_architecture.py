@@ -23,6 +23,8 @@ TRAIN_LINES = 59
 ARGUMENTS = 6
 POSITIONAL = 2
 CALLED_BY_TORCH = {"forward", "backward", "setup_context"}
+C_LOOP = "loop"
+"""Makes a C function of what it decorates (etl/engines/loops.py); C passes by position."""
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -118,6 +120,9 @@ def not_keyword_only(source: Source) -> Iterator[str]:
         fixed_by_framework = function.name in CALLED_BY_TORCH or (
             function.name.startswith("__") and function.name.endswith("__")
         )
+        fixed_by_framework |= any(
+            isinstance(of, ast.Call) and dotted(of.func) == C_LOOP for of in function.decorator_list
+        )
         count = len(positional(function))
         if count > POSITIONAL and not fixed_by_framework:
             yield f"{source.at(function)}: {function.name}() takes {count} by position, the budget is {POSITIONAL}"
@@ -193,6 +198,7 @@ EXAMPLES: list[tuple[Rule, tuple[str, str], tuple[str, str]]] = [
         ("etl/a.py", "def f(self, a, b): ..."),
     ),
     (not_keyword_only, ("etl/a.py", "def forwards(a, b, c): ..."), ("etl/a.py", "def forward(self, a, b, c): ...")),
+    (not_keyword_only, ("etl/a.py", "@b(d)\ndef f(a, b, c): ..."), ("etl/a.py", "@loop(d)\ndef f(a, b, c): ...")),
     (
         distributed_outside_parallel,
         ("recsys/a.py", "def f():\n    from torch.distributed.checkpoint import save"),

@@ -41,5 +41,5 @@ def test_the_next_place_is_taken_where_one_can_not_be_written(tmp_path: Path, mo
 
 @pytest.mark.parametrize("wrong", [np.arange(8)[::2], np.arange(4, dtype=np.int32)])
 def test_arrays_that_the_loops_can_not_read(wrong: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="look_up: .*wanted 64 bits side by side"):
+    with pytest.raises(ValueError, match=r"look_up: .*wanted 64 bits side by side"):
         native.call("look_up", np.zeros((2, 2), np.int64), wrong, np.zeros(4, np.int64), np.array([2, 4, 0, 0]))
