@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Semaphore
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -24,9 +24,12 @@ from deploy.connect import channel_to
 from etl.faults import Fault
 from etl.transform import Packed
 
+if TYPE_CHECKING:
+    from deploy.ranker import Request
+
 _INFER = "/inference.GRPCInferenceService/ModelInfer"
 _CHANNEL = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
-_KINDS = {np.int64: "INT64", np.float64: "FP64"}
+_KINDS = {np.int64: "INT64", np.float64: "FP64", np.float32: "FP32"}
 _DEADLINE_S = 10.0
 _MOST_IN_FLIGHT = 512  # of an open loop: beyond, the server has lost the race and the rest would only queue here
 _WARM_UP_S = 0.5
@@ -57,7 +60,7 @@ class Measured:
     latencies_ms: npt.NDArray[np.float64] = field(repr=False, compare=False)
 
 
-def requests_of(packed: Packed, model: str, *, rows: int, most: int = 64) -> list[bytes]:
+def requests_of(packed: "Packed | Request", model: str, *, rows: int, most: int = 64) -> list[bytes]:
     """Requests of `rows` rows each as they travel, over the packed rows again and again. Their making is not timed."""
     count = min(most, max(1, len(packed.keys) * 4 // rows))
     take = np.arange(count * rows) % len(packed.keys)
@@ -67,7 +70,9 @@ def requests_of(packed: Packed, model: str, *, rows: int, most: int = 64) -> lis
     ]
 
 
-def ranking_requests_of(users: Packed, items: Packed, *, model: str, candidates: int, most: int = 64) -> list[bytes]:
+def ranking_requests_of(
+    users: "Packed | Request", items: "Packed | Request", *, model: str, candidates: int, most: int = 64
+) -> list[bytes]:
     """Requests of one user and so many candidates each, over the packed users and candidates again and again."""
     count = min(most, max(1, len(items.keys) * 4 // candidates))
     take = np.arange(count * candidates) % len(items.keys)

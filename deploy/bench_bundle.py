@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +17,13 @@ from deploy.bench import Load, Measured, load_server, ranking_requests_of, reque
 from deploy.bundle import MODEL, Bundle, read_bundle
 from deploy.connect import connect
 from deploy.offline import offline_run
+from deploy.ranker import Request
 from deploy.repository import config_text, make_repository
 from deploy.server import EmbeddedServer, Endpoint, ServerOptions
+from deploy.wire import as_float32
 from etl.artifact import Json, write_json, write_text
 from etl.faults import Fault
-from etl.pack import pack
+from etl.pack import pack, part
 from etl.sources import read_raw_split
 from etl.transform import Packed, Signature
 from recsys.experiment import read_experiment
@@ -56,8 +58,11 @@ def bench_bundle(bundle_dir: Path, *, rows: int, load: Load, ranked: bool = Fals
     Raises Fault, Faults: no sound bundle, or the run or the raw rows that it was made from are gone; it does not rank.
     """
     bundle = read_bundle(bundle_dir)
+    if ranked and not bundle.serve.user:
+        raise _rows_alone(str(bundle_dir))
     packed = packed_rows(bundle_dir, bundle)
-    requests = {model: _requests(bundle_dir, bundle, model=model, rows=rows, ranked=ranked) for model in (MODEL, ECHO)}
+    sent = _halves(packed, bundle) if ranked else (packed,)
+    requests = {model: _requests(sent, model, rows=rows, numbers=bundle.serve.numbers) for model in (MODEL, ECHO)}
     torch.set_num_threads(1)
     eager = _Eager(Path(bundle.run), packed, rows=rows)
     with _serving(bundle_dir, bundle) as endpoint:
@@ -79,10 +84,10 @@ def bench_server(url: str, *, rows: int, load: Load, ranked: bool = False) -> li
     if ranked:
         if "ranking" not in described:
             raise _rows_alone(url)
-        users, items = (_random(described["ranking"][part], generator) for part in ("user", "items"))
-        requests = ranking_requests_of(users, items, model=MODEL, candidates=rows)
+        sent = tuple(_random(described["ranking"][part], generator) for part in ("user", "items"))
     else:
-        requests = requests_of(_random(described, generator), MODEL, rows=rows)
+        sent = (_random(described, generator),)
+    requests = _requests(sent, MODEL, rows=rows, numbers=str(described.get("numbers_type", "FP64")).lower())
     return [load_server(url, requests, rows=rows, load=load, side="served", pid=None)]
 
 
@@ -92,14 +97,18 @@ def _random(described: Mapping[str, Json], generator: np.random.Generator) -> Pa
     return Packed(keys, generator.exponential(1.0, (_ROWS, len(signature.packed_names(signature.numbers)))))
 
 
-def _requests(bundle_dir: Path, bundle: Bundle, *, model: str, rows: int, ranked: bool) -> list[bytes]:
-    if not ranked:
-        return requests_of(packed_rows(bundle_dir, bundle), model, rows=rows)
-    if not bundle.serve.user:
-        raise _rows_alone(str(bundle_dir))
-    halves = (bundle.serve.user, set(bundle.signature.columns) - set(bundle.serve.user))
-    users, items = (packed_rows(bundle_dir, bundle, columns=columns) for columns in halves)
-    return ranking_requests_of(users, items, model=model, candidates=rows)
+def _requests(sent: Sequence[Packed], model: str, *, rows: int, numbers: str) -> list[bytes]:
+    """Of rows, or of users and of candidates, with numbers of the type that the model takes."""
+    parts = [Request(each.keys, as_float32(each.numbers) if numbers == "fp32" else each.numbers) for each in sent]
+    if len(parts) == 1:
+        return requests_of(parts[0], model, rows=rows)
+    return ranking_requests_of(*parts, model=model, candidates=rows)
+
+
+def _halves(packed: Packed, bundle: Bundle) -> tuple[Packed, Packed]:
+    """The users' columns of packed rows, and the candidates'."""
+    signature, user = Signature.from_json(bundle.signature.model_dump()), set(bundle.serve.user)
+    return part(packed, signature, names=user), part(packed, signature, names=set(signature.columns) - user)
 
 
 def _rows_alone(place: str) -> Fault:
@@ -107,11 +116,10 @@ def _rows_alone(place: str) -> Fault:
     return Fault(place, got="a model of rows alone", wanted="one that ranks", remedy=remedy)
 
 
-def packed_rows(bundle_dir: Path, bundle: Bundle, *, columns: Collection[str] | None = None) -> Packed:
-    """The first raw test rows, or some columns of theirs, as they travel."""
+def packed_rows(bundle_dir: Path, bundle: Bundle) -> Packed:
+    """The first raw test rows as they travel."""
     raw = read_raw_split(read_experiment(bundle_dir), "test").slice(0, _ROWS)
-    part = bundle.signature.part(bundle.signature.columns if columns is None else columns)
-    return pack(raw.select(list(part.columns)), Signature.from_json(part.model_dump()))
+    return pack(raw.select(list(bundle.signature.columns)), Signature.from_json(bundle.signature.model_dump()))
 
 
 def _described(url: str, tls: Path | None) -> Mapping[str, Json]:

@@ -53,6 +53,7 @@ class ServeDefaults(_Record):
     metrics_port: int | None
     user: tuple[str, ...]
     max_candidates: int = Field(ge=1)
+    numbers: Literal["fp64", "fp32"] = "fp64"
     psi_alarm: float = Field(gt=0)
 
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import etl.lookup
 import etl.transform
 from deploy import exporter, monitor, ranker, ranking, served_program, triton_model_file
 from deploy.bundle import MARKER, Bundle, Cost, ServeDefaults, Signature, file_hashes
+from deploy.lookup import Columns, Split
 from deploy.native import level_of
 from deploy.offline import Scores, offline_scores
 from deploy.precision import accepted, costs
@@ -24,7 +25,7 @@ from deploy.reference import write_reference
 from etl.artifact import new_folder, read_json, write_json
 from etl.experiment_file import parse
 from etl.faults import Fault
-from etl.pack import pack
+from etl.pack import pack, part
 from etl.schema import Schema
 from etl.sources import arrow_type, read_raw_split
 from etl.spec import expanded
@@ -76,14 +77,15 @@ def export(
         _copy_parts(run, folder)
         write_reference(run, folder, schema=schema, dataset=dataset)
         shape = Shape(experiment.serve.max_batch_size, slots=len(schema.slot_names), floats=len(schema.float_names))
-        save_program(served_network(network, precision), folder, shape=shape, level=level)
+        split = _split(schema, transform, user=expanded(experiment.serve.user))
+        save_program(served_network(network, precision, split=split), folder, shape=shape, level=level)
         rows = golden_rows(experiment, transform)
         offline = offline_scores(network, transform, table=rows)
         _write_golden(folder / "golden", rows, offline=offline, tasks=schema.task_names)
         tolerance = lower if settings.tolerance or wanted != Precision() else _TOLERANCE
         check = _Golden(pack(rows, transform.signature), offline, tolerance)
         for native in (False, True) if level else (False,):
-            _check(folder, check, max_rows=shape.max_rows, native=native)
+            _check(folder, check, serve=_serve_defaults(experiment), native=native)
         about = _About(precision, level, tolerance, found)
         bundle = _manifest(run, experiment, schema=schema, transform=transform, result=result, about=about)
         bundle = bundle.model_copy(update={"files": file_hashes(folder)})
@@ -127,21 +129,38 @@ class _Golden(NamedTuple):
     tolerance: float
 
 
-def _check(folder: Path, golden: _Golden, *, max_rows: int, native: bool) -> None:
-    """Scores the golden rows with the files that were just written."""
-    packed, offline, tolerance = golden
+def _check(folder: Path, golden: _Golden, *, serve: ServeDefaults, native: bool) -> None:
+    """Scores the golden rows with the files that were just written, also as users with one candidate each."""
+    packed, size = golden.packed, serve.max_batch_size
     served = ranker.Ranker(folder, etl.transform, program=served_program.load_program(folder, native=native))
-    for at in range(0, len(packed.keys), max_rows):
-        part = slice(at, at + max_rows)
-        scored = served.score([ranker.Request(packed.keys[part], packed.numbers[part])])[0]
-        if isinstance(scored, ValueError):
-            remedy = "report it with the experiment file"
-            raise Fault(str(folder), got=str(scored), wanted="scores of the golden rows", remedy=remedy)
-        difference = float(np.abs(scored.score - offline.score[part]).max())
-        if difference > tolerance or not np.array_equal(scored.ids, offline.ids[part]):
-            got, wanted = f"scores that differ by {difference:.2e}", f"at most {tolerance:g}, and equal ids"
-            place, remedy = f"{folder.name}: the program", "export a higher precision, or raise export.tolerance"
-            raise Fault(place, got=got, wanted=wanted, remedy=f"{remedy} knowingly")
+    for rows in (slice(at, at + size) for at in range(0, len(packed.keys), size)):
+        results = served.score([ranker.Request(packed.keys[rows], packed.numbers[rows])])
+        _compare(results, golden, rows=rows, folder=folder)
+    if serve.user:
+        _compare(_ranked(served, packed, serve=serve), golden, rows=slice(None), folder=folder)
+
+
+def _ranked(served: ranker.Ranker, packed: Packed, *, serve: ServeDefaults) -> list[Any]:
+    """Each row as a ranking request."""
+    signature = served.encoder.transform.signature
+    names = {"user": set(serve.user), "items": set(signature.columns) - set(serve.user)}
+    described = {side: _described(signature).part(some).model_dump(mode="json") for side, some in names.items()}
+    ranks = ranking.Ranking(served, ranker, **described, most=1, rows=serve.max_batch_size)
+    halves = [part(packed, signature, names=some) for some in names.values()]
+    rows = [[ranker.Request(half.keys[[at]], half.numbers[[at]]) for half in halves] for at in range(len(packed.keys))]
+    return ranks.score([ranking.RankRequest(*row) for row in rows])
+
+
+def _compare(results: Sequence[Any], golden: _Golden, *, rows: slice, folder: Path) -> None:
+    if fault := next((result for result in results if isinstance(result, ValueError)), None):
+        remedy = "report it with the experiment file"
+        raise Fault(str(folder), got=str(fault), wanted="scores of the golden rows", remedy=remedy)
+    score, ids = (np.concatenate([getattr(result, name) for result in results]) for name in ("score", "ids"))
+    difference = float(np.abs(score - golden.offline.score[rows]).max())
+    if difference > golden.tolerance or not np.array_equal(ids, golden.offline.ids[rows]):
+        got, wanted = f"scores that differ by {difference:.2e}", f"at most {golden.tolerance:g}, and equal ids"
+        place, remedy = f"{folder.name}: the program", "export a higher precision, or raise export.tolerance"
+        raise Fault(place, got=got, wanted=wanted, remedy=f"{remedy} knowingly")
 
 
 class _About(NamedTuple):
@@ -169,17 +188,34 @@ def _manifest(
         tasks=tuple(schema.task_names),
         ids=tuple(schema.slot_names),
         floats=tuple(schema.float_names),
-        signature=Signature.model_validate_json(json.dumps(transform.signature.as_json())),
+        signature=_described(transform.signature),
         tolerance=about.tolerance,
-        serve=ServeDefaults.model_validate(
-            experiment.serve.model_dump() | {"user": tuple(expanded(experiment.serve.user))}
-        ),
+        serve=_serve_defaults(experiment),
         versions=packages | {"python": platform.python_version()},
         quantization="none" if about.precision == Precision() else str(about.precision),
         isa=about.level or "any: no native code",
         costs=about.costs,
         files={},
     )
+
+
+def _serve_defaults(experiment: Experiment) -> ServeDefaults:
+    user = tuple(expanded(experiment.serve.user))
+    return ServeDefaults.model_validate(experiment.serve.model_dump() | {"user": user})
+
+
+def _described(signature: etl.transform.Signature) -> Signature:
+    return Signature.model_validate_json(json.dumps(signature.as_json()))
+
+
+def _split(schema: Schema, transform: Transform, *, user: Collection[str]) -> Split | None:
+    """The columns of ids and floats that these raw columns alone decide; None without any raw column."""
+    if not user:
+        return None
+    described = schema.model_dump(mode="json")
+    users = ranking.users_features(transform, user)
+    sides = ranking.sides(described["features"], dense=described["dense"], users=users)
+    return Split(*(Columns(ids.tolist(), floats.tolist()) for ids, floats in sides))
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, float | None]:

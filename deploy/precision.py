@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from deploy.bundle import Cost
-from deploy.program import Precision, ServedNetwork, Tables, served_network, wide_layers, with_bf16
+from deploy.lookup import Tables
+from deploy.program import Precision, ServedNetwork, served_network, wide_layers, with_bf16
 from etl.faults import Fault
 from etl.schema import Schema
 from recsys.data import Slice, Split

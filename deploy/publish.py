@@ -148,7 +148,7 @@ def _require_same_signature(repository: Repository, bundle: Bundle) -> None:
     config = repository.config()
     if config is None:
         return
-    served = json.loads(config.parameters["signature"].string_value)
+    served = {"numbers_type": "FP64"} | json.loads(config.parameters["signature"].string_value)
     offered = json.loads(
         model_config(bundle, bundle_hash="", instances=1, version=1).parameters["signature"].string_value
     )

@@ -5,7 +5,8 @@ model server, so it imports nothing of ours; the bundle's transform and program 
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,10 +23,10 @@ Float32s = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Request:
-    """Packed rows: keys int64 [B, C], numbers float64 [B, M]."""
+    """Packed rows: keys int64 [B, C], numbers [B, M] as float64, or float32 with its own lowest one for missing."""
 
     keys: Int64s
-    numbers: Float64s
+    numbers: Float64s | Float32s
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Scored:
 
 
 Result = Scored | ValueError
-_NEARLY_LOWEST = -1.79e308
+_NEARLY_LOWEST, _NEARLY_LOWEST_FP32 = -1.79e308, -3.4e38
 
 
 class Encoder:
@@ -74,10 +75,16 @@ class Encoder:
         """The rows of all requests as the transform takes them."""
         blank = self.blank(0)
         keys = np.concatenate([blank.keys, *(request.keys for request in requests)])
-        numbers = np.concatenate([blank.numbers, *(request.numbers for request in requests)])
+        numbers = np.concatenate([blank.numbers, *(self._doubles(request.numbers) for request in requests)])
         if (low := numbers <= _NEARLY_LOWEST).any():  # JSON parsers round, or refuse, the lowest number itself
             numbers[low & np.isfinite(numbers)] = self._module.MISSING_NUMBER
         return self._module.Packed(keys, numbers)
+
+    def _doubles(self, numbers: Float64s | Float32s) -> Float64s:
+        doubles: Float64s = numbers.astype(np.float64, copy=False)
+        if numbers.dtype == np.float64:
+            return doubles
+        return np.where((numbers <= _NEARLY_LOWEST_FP32) & np.isfinite(numbers), self._module.MISSING_NUMBER, doubles)
 
     def missing_input(self, given: Collection[str]) -> ValueError | None:
         """An input that has columns and was not given."""
@@ -88,10 +95,11 @@ class Encoder:
 
     def form_fault(self, request: Request) -> ValueError | None:
         """What is wrong with the types and shapes of one request."""
-        parts = zip((request.keys, request.numbers), self._columns.items(), (np.int64, np.float64), strict=True)
+        kinds = ((np.int64,), (np.float64, np.float32))
+        parts = zip((request.keys, request.numbers), self._columns.items(), kinds, strict=True)
         for array, (name, columns), kind in parts:
-            if array.dtype != kind or array.ndim != 2 or array.shape[1] != len(columns):
-                got, wanted = f"{array.dtype} {list(array.shape)}", f"{np.dtype(kind)} [B, {len(columns)}]"
+            if array.dtype not in kind or array.ndim != 2 or array.shape[1] != len(columns):
+                got, wanted = f"{array.dtype} {list(array.shape)}", f"{np.dtype(kind[0])} [B, {len(columns)}]"
                 return ValueError(
                     f"input '{name}' is {got}, wanted {wanted} with the columns {', '.join(dict.fromkeys(columns))}"
                 )
@@ -141,32 +149,56 @@ class Encoder:
             return self.transform.apply(packed)
 
 
+class Bounds:
+    """What encoded rows of some columns have to be: ids within their tables, floats within float32."""
+
+    def __init__(self, features: Sequence[Any], *, dense: Sequence[Any], rows: Mapping[str, int]) -> None:
+        slots = [feature for feature in features for _ in range(feature["slots"])]
+        self.slot_names = np.array([feature["name"] for feature in slots], object)
+        self.rows_S = np.array([rows[feature["table"]] for feature in slots], np.int64)
+        self.lowest_S = np.array([-1 if feature["dtype"] == "list<int64>" else 0 for feature in slots], np.int64)
+        values = [f"{feature['name']}:value" for feature in slots if feature["weighted"]]
+        self.float_names = np.array([*(step["name"] for step in dense), *values], object)
+
+    def of(self, ids: Int64s, floats: Int64s) -> "Bounds":
+        """Those of some columns alone."""
+        part = copy(self)
+        part.slot_names, part.rows_S, part.lowest_S = self.slot_names[ids], self.rows_S[ids], self.lowest_S[ids]
+        part.float_names = self.float_names[floats]
+        return part
+
+    def faults(self, ids_BS: Int64s, floats_BN: Float32s, *, counts: Sequence[int]) -> list[ValueError | None]:
+        """What is wrong with the rows of each request, of `counts` rows; each is looked at where all are not sound."""
+        if self._fault(ids_BS, floats_BN) is None:
+            return [None] * len(counts)
+        return [self._fault(ids_BS[piece], floats_BN[piece]) for piece in pieces(counts)]
+
+    def _fault(self, ids_BS: Int64s, floats_BN: Float32s) -> ValueError | None:
+        """An id outside of its table would read the row of a neighbour in the merged matrix, so none gets there."""
+        if (outside := out_of_range(ids_BS, self.rows_S, lowest_S=self.lowest_S)) is not None:
+            row, at = outside
+            table = f"its table has {self.rows_S[at]} rows"
+            return ValueError(f"feature '{self.slot_names[at]}' has id {ids_BS[row, at]} at row {row}, {table}")
+        finite = np.isfinite(floats_BN)
+        if not finite.all():
+            row, at = np.argwhere(~finite)[0]
+            return ValueError(f"feature '{self.float_names[at]}' leaves the range of float32 at row {row}")
+        return None
+
+
 class Ranker:
     """One bundle's transform and program. `transform` is the bundle's own transform.py as a module, `program` what
     `load_program` of its served_program.py returns. `seen` is told of every transform, packed and encoded batch.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        transform: Any,
-        *,
-        program: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        seen: Callable[..., None] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, transform: Any, *, program: Any, seen: Callable[..., None] | None = None) -> None:
         schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
         rows = {table["name"]: table["rows"] for table in schema["tables"]}
-        slots = [feature for feature in schema["features"] for _ in range(feature["slots"])]
-        self._slot_names = [feature["name"] for feature in slots]
-        self._rows_S = np.array([rows[feature["table"]] for feature in slots], np.int64)
-        self._lowest_S = np.array([-1 if feature["dtype"] == "list<int64>" else 0 for feature in slots], np.int64)
-        weighted = [feature for feature in schema["features"] if feature["weighted"]]
         self.features, self.dense = schema["features"], schema["dense"]
-        self._float_names = [dense["name"] for dense in schema["dense"]]
-        self._float_names += [f"{feature['name']}:value" for feature in weighted for _ in range(feature["slots"])]
+        self.bounds = Bounds(self.features, dense=self.dense, rows=rows)
         self.module = transform
         self.encoder = Encoder(transform.Transform.mapped(folder / "transform"), module=transform)
-        self._program = program
+        self.program = program
         self.seen = seen or _ignore
 
     def score(self, requests: Sequence[Request]) -> list[Result]:
@@ -180,51 +212,26 @@ class Ranker:
         encoded = self.encoder.encode(packed)
         self.seen(self.encoder.transform, packed=packed, encoded=encoded)
         counts = [len(requests[at].keys) for at in sound]
-        scored = self.score_encoded(encoded.ids, encoded.floats, counts=counts, most=max(1, sum(counts)))
-        for at, result in zip(sound, scored, strict=True):
+        for at, result in zip(sound, self._score_encoded(encoded, counts), strict=True):
             results[at] = result
         return [result for result in results if result is not None]
 
-    def score_encoded(self, ids_BS: Int64s, floats_BN: Float32s, *, counts: Sequence[int], most: int) -> list[Result]:
-        """Scores the rows of requests with `counts` rows each, at most `most` rows in one forward."""
-        pieces = _pieces(counts)
-        results: list[Result | None] = [None] * len(counts)
-        if self._encoded_fault(ids_BS, floats_BN) is not None:
-            results = [self._encoded_fault(ids_BS[piece], floats_BN[piece]) for piece in pieces]
-            kept = [np.arange(0), *(np.arange(p.start, p.stop) for p, r in zip(pieces, results, strict=True) if not r)]
-            ids_BS, floats_BN = ids_BS[np.concatenate(kept)], floats_BN[np.concatenate(kept)]
+    def _score_encoded(self, encoded: Any, counts: Sequence[int]) -> list[Result]:
+        results: list[Result | None] = [*self.bounds.faults(encoded.ids, encoded.floats, counts=counts)]
         sound = [at for at, fault in enumerate(results) if fault is None]
         if sound:
-            score_BT = self.forward(ids_BS, floats_BN, most=most)
+            rows = rows_of(sound, counts)
+            ids_BS, floats_BN = encoded.ids[rows], encoded.floats[rows]
+            score_BT = forward(self.program, [(ids_BS, floats_BN)])
             finite = bool(np.isfinite(score_BT).all())
-            for at, piece in zip(sound, _pieces([counts[at] for at in sound]), strict=True):
-                scored = Scored(score_BT[piece], ids_BS[piece], floats_BN[piece])
-                results[at] = scored if finite else _finite(scored)
+            for at, piece in zip(sound, pieces([counts[at] for at in sound]), strict=True):
+                fault = None if finite else score_fault(score_BT[piece])
+                results[at] = fault or Scored(score_BT[piece], ids_BS[piece], floats_BN[piece])
         return [result for result in results if result is not None]
-
-    def forward(self, ids_BS: Int64s, floats_BN: Float32s, *, most: int) -> Float32s:
-        """Probabilities [B, T] of encoded rows."""
-        ids, floats = (torch.from_numpy(np.ascontiguousarray(array)) for array in (ids_BS, floats_BN))
-        with torch.inference_mode():
-            parts = [self._program(ids[at : at + most], floats[at : at + most]) for at in range(0, len(ids), most)]
-            score_BT: Float32s = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
-        return score_BT
 
     def blank(self, rows: int) -> Request:
         """A sound request of zeros, for warm-up."""
         return self.encoder.blank(rows)
-
-    def _encoded_fault(self, ids_BS: Int64s, floats_BN: Float32s) -> ValueError | None:
-        """An id outside of its table would read the row of a neighbour in the merged matrix, so none gets there."""
-        if (outside := out_of_range(ids_BS, self._rows_S, lowest_S=self._lowest_S)) is not None:
-            row, at = outside
-            table = f"its table has {self._rows_S[at]} rows"
-            return ValueError(f"feature '{self._slot_names[at]}' has id {ids_BS[row, at]} at row {row}, {table}")
-        finite = np.isfinite(floats_BN)
-        if not finite.all():
-            row, at = np.argwhere(~finite)[0]
-            return ValueError(f"feature '{self._float_names[at]}' leaves the range of float32 at row {row}")
-        return None
 
 
 def out_of_range(ids_BS: Int64s, rows_S: Int64s, *, lowest_S: Int64s) -> tuple[int, int] | None:
@@ -240,12 +247,31 @@ def _ignore(transform: Any, *, packed: Any, encoded: Any, skip: frozenset[str] =
     """What nobody wants to know."""
 
 
-def _pieces(counts: Sequence[int]) -> list[slice]:
+def pieces(counts: Sequence[int]) -> list[slice]:
+    """The rows of each request, of `counts` rows."""
     return [slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True)]
 
 
-def _finite(scored: Scored) -> Result:
-    if np.isfinite(scored.score).all():
-        return scored
-    row = int(np.argwhere(~np.isfinite(scored.score))[0][0])
+def rows_of(kept: Sequence[int], counts: Sequence[int]) -> slice | Int64s:
+    """The rows of the requests that are kept, without a copy where all are."""
+    if len(kept) == len(counts):
+        return slice(None)
+    places = pieces(counts)
+    return np.concatenate([np.arange(places[at].start, places[at].stop) for at in kept])
+
+
+def forward(program: Callable[..., torch.Tensor], batches: Iterable[Sequence[npt.NDArray[Any]]]) -> Float32s:
+    """Probabilities [B, T] of the rows of all batches, each the inputs of a program."""
+    with torch.inference_mode():
+        parts = [program(*(torch.from_numpy(np.ascontiguousarray(each)) for each in batch)) for batch in batches]
+        score_BT: Float32s = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+    return score_BT
+
+
+def score_fault(score_BT: Float32s) -> ValueError | None:
+    """Names the first row whose score is no number."""
+    finite = np.isfinite(score_BT)
+    if finite.all():
+        return None
+    row = int(np.argwhere(~finite)[0][0])
     return ValueError(f"the score of row {row} is not finite: its numbers are too large for the network")

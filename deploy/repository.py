@@ -166,9 +166,14 @@ def copy_bundle(bundle_dir: Path, target: Path, *, bundle: Bundle) -> None:
 def model_config(bundle: Bundle, *, bundle_hash: str, instances: int, version: int) -> pb.ModelConfig:
     """The served model as Triton is told about it."""
     signature = bundle.signature
-    described = signature.model_dump(mode="json") | {"tasks": bundle.tasks, "max_rows": bundle.serve.max_batch_size}
+    numbers = bundle.serve.numbers.upper()
+    described = signature.model_dump(mode="json") | {
+        "tasks": bundle.tasks,
+        "max_rows": bundle.serve.max_batch_size,
+        "numbers_type": numbers,
+    }
     outputs = {"score": len(bundle.tasks), "ids": len(bundle.ids), "floats": len(bundle.floats)}
-    inputs = _inputs("", signature)
+    inputs = _inputs("", signature, numbers=numbers)
     rows = [_output(name, size) for name, size in outputs.items() if size]
     if bundle.serve.user:
         user = signature.part(bundle.serve.user)
@@ -178,7 +183,8 @@ def model_config(bundle: Bundle, *, bundle_hash: str, instances: int, version: i
             "items": items.model_dump(mode="json"),
             "max_candidates": bundle.serve.max_candidates,
         }
-        inputs += [*_inputs("user_", user), *_inputs("item_", items, ragged=True)]
+        inputs += _inputs("user_", user, numbers=numbers)
+        inputs += _inputs("item_", items, numbers=numbers, ragged=True)
         rows += [_output(f"rank_{name}", size, ragged=True) for name, size in outputs.items() if size]
         for each in inputs:  # a request has those of its kind
             each.optional = True
@@ -205,11 +211,11 @@ def _instances(serve: ServeDefaults, *, count: int) -> pb.ModelInstanceGroup:
     return pb.ModelInstanceGroup(kind=pb.ModelInstanceGroup.KIND_GPU, count=count, gpus=serve.gpus)
 
 
-def _inputs(prefix: str, signature: Signature, *, ragged: bool = False) -> list[pb.ModelInput]:
+def _inputs(prefix: str, signature: Signature, *, numbers: str, ragged: bool = False) -> list[pb.ModelInput]:
     """The packed columns of a signature, of one width each; `ragged`: as many rows as each request likes."""
     widths = {
         "keys": (pb.TYPE_INT64, signature.width(signature.keys)),
-        "numbers": (pb.TYPE_FP64, signature.width(signature.numbers)),
+        "numbers": (pb.DataType.Value(f"TYPE_{numbers}"), signature.width(signature.numbers)),
     }
     return [
         pb.ModelInput(

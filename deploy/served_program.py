@@ -4,15 +4,26 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch.export.passes import move_to_device_pass
 
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Forward = Callable[..., torch.Tensor]
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
+
+class Files(NamedTuple):
+    """Where a program lies in a bundle."""
+
+    portable: str
+    native: str
+
+
+FILES = {"rows": Files("program.pt2", "native.pt2"), "ranking": Files("ranking.pt2", "ranking_native.pt2")}
 _log = logging.getLogger("rankforge")
 
 
@@ -22,8 +33,23 @@ def load_weights(path: Path) -> Mapping[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in sorted(file.keys())}
 
 
-def load_program(folder: Path, *, native: bool = True, device: str = "cpu") -> Forward:
-    """The program with its weights bound: (ids [B, S], floats [B, N]) -> probabilities [B, T], all on the CPU.
+@dataclass(frozen=True)
+class Program:
+    """(ids [B, S], floats [B, N]) -> probabilities [B, T].
+
+    `ranked`, where the bundle ranks, takes (ids, floats) of candidates [B, .] without their users' columns, then those
+    of users [U, .], and each candidate's user [B].
+    """
+
+    rows: Forward
+    ranked: Forward | None
+
+    def __call__(self, ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
+        return self.rows(ids_BS, floats_BN)
+
+
+def load_program(folder: Path, *, native: bool = True, device: str = "cpu") -> Program:
+    """The program with its weights bound, inputs and results on the CPU.
 
     Native code where the bundle has it and this machine and torch can run it, else, with a log line, torch's own
     kernels one after another. Another device gets a copy of the weights and each batch, and runs torch's kernels: the
@@ -35,14 +61,27 @@ def load_program(folder: Path, *, native: bool = True, device: str = "cpu") -> F
     """
     weights = [tensor.to(device) for tensor in load_weights(folder / "weights.safetensors").values()]
     told = json.loads((folder / "program.json").read_text(encoding="utf-8"))
-    run = (_native(folder, told["native"]) if native and device == "cpu" else None) or _eager(folder, device)
-    wanted = ((told["slots"], torch.int64), (told["floats"], torch.float32))
+    compiled = told["native"] if native and device == "cpu" else None
+    forwards: dict[str, Forward] = {}
+    for kind, widths in told["widths"].items():
+        files = FILES[kind]
+        run = _native(folder / files.native, compiled) or _eager(folder / files.portable, device)
+        forwards[kind] = _bound(run, weights, widths=widths, device=device)
+    return Program(forwards["rows"], forwards.get("ranking"))
 
-    def forward(ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
-        got = ((ids_BS.shape[1], ids_BS.dtype), (floats_BN.shape[1], floats_BN.dtype))
-        if got != wanted or len(ids_BS) != len(floats_BN):
-            raise ValueError(f"{got} for {len(ids_BS)} and {len(floats_BN)} rows, wanted {wanted} and as many rows")
-        (score_BT,) = run([*weights, ids_BS.contiguous().to(device), floats_BN.contiguous().to(device)])
+
+def _bound(run: Run, weights: Sequence[torch.Tensor], *, widths: Sequence[tuple[int, int]], device: str) -> Forward:
+    """Takes ids and floats of these widths, and with those of users each candidate's user."""
+    wanted: list[tuple[object, ...]] = [
+        column for ids, floats in widths for column in ((ids, torch.int64), (floats, torch.float32))
+    ]
+    wanted += [(torch.int64,)] if len(widths) > 1 else []
+
+    def forward(*inputs: torch.Tensor) -> torch.Tensor:
+        got, sizes = [(*tensor.shape[1:], tensor.dtype) for tensor in inputs], [len(tensor) for tensor in inputs]
+        if got != wanted or not sizes[0] == sizes[1] == sizes[-1] or len(set(sizes[2:4])) > 1:
+            raise ValueError(f"{got} for {sizes} rows, wanted {wanted} and as many rows")
+        (score_BT,) = run([*weights, *(tensor.contiguous().to(device) for tensor in inputs)])
         return torch.as_tensor(score_BT).cpu()
 
     return forward
@@ -58,7 +97,7 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(flags.replace("_", "").split())
 
 
-def _native(folder: Path, told: Mapping[str, Sequence[str]] | None) -> Run | None:
+def _native(path: Path, told: Mapping[str, Sequence[str]] | None) -> Run | None:
     """The compiled program. An instruction that the CPU lacks would kill the process, so its needs are compared."""
     if told is None:
         return None
@@ -69,19 +108,19 @@ def _native(folder: Path, told: Mapping[str, Sequence[str]] | None) -> Run | Non
         reason = f"it was compiled for {told['isa']}, this CPU lacks {', '.join(sorted(missing))}"
     else:
         try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / "native.pt2"), "model", True, 1, -1)
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         except RuntimeError as error:
             reason = f"it does not load: {error}"
         else:
             return loader.boxed_run
-    _log.warning("%s: native code is not used, slower scoring instead: %s", folder / "native.pt2", reason)
+    _log.warning("%s: native code is not used, slower scoring instead: %s", path, reason)
     return None
 
 
-def _eager(folder: Path, device: str) -> Run:
+def _eager(path: Path, device: str) -> Run:
     """The graph is called as it is: the wrapper that torch.export puts around it costs five times the small network."""
-    _refuse_pickles(folder / "program.pt2")
-    program = torch.export.load(folder / "program.pt2")
+    _refuse_pickles(path)
+    program = torch.export.load(path)
     graph = (program if device == "cpu" else move_to_device_pass(program, device)).graph_module
     graph.recompile()  # the pass changes nodes alone
     return lambda inputs: tuple(graph(*inputs))

@@ -38,7 +38,7 @@ class TritonPythonModel:
             self._kinds.append(_Ranked(ranker, beside, module=_load(folder, "ranking"), signature=signature))
         for kind in self._kinds:
             for rows in _WARM_UP_ROWS * 2:
-                kind.score([kind.blank(rows)])
+                kind.score([kind.blank(min(rows, signature["max_rows"]))])
         reference = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
         missing = transform.MISSING_NUMBER
         monitor = _load(folder, "monitor").Monitor(reference, tasks=signature["tasks"], missing_number=missing)

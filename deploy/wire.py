@@ -14,12 +14,13 @@ from tritonclient.utils import InferenceServerException
 
 from etl.faults import Fault
 from etl.pack import pack
-from etl.transform import Packed, Signature
+from etl.transform import MISSING_NUMBER, Float64s, Signature
 
 Raw: TypeAlias = pa.Table | Sequence[Mapping[str, object]]
 """Rows of raw values: a table, or dicts with a key a column and None for missing."""
 Answer = dict[str, npt.NDArray[Any]]
-_KINDS = {"keys": "INT64", "numbers": "FP64"}
+_TYPES: dict[type, str] = {np.int64: "INT64", np.float64: "FP64", np.float32: "FP32"}
+_LOWEST_FP32 = -3.4e38  # from here down a float32 stands for missing
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ class Wire:
         self._max_rows = int(signature["max_rows"])
         self._packing = Signature.from_json(signature)
         self._ranking = signature.get("ranking")
+        self._narrow = signature.get("numbers_type") == "FP32"
 
     def rows(self, rows: Raw, *, ids: bool) -> Iterator[Message]:
         """Requests of at most the server's batch. Raises Fault where a value can't be packed."""
-        packed = _pack(rows, self._packing, place="the rows to score")
+        packed = self._pack(rows, self._packing, place="the rows to score")
         asked = {"score": "score", "ids": "ids"} if ids else {"score": "score"}
-        for start in range(0, len(packed.keys), self._max_rows):
+        for start in range(0, len(packed[0]), self._max_rows):
             part = slice(start, start + self._max_rows)
             yield Message(_inputs("", packed, part=part), asked)
 
@@ -81,13 +83,22 @@ class Wire:
             remedy = "name the user's columns in [serve] user and export again, or score rows"
             raise Fault(self.place, got="a model of rows alone", wanted="one that ranks", remedy=remedy)
         of_user, of_items = (Signature.from_json(self._ranking[part]) for part in ("user", "items"))
-        packed_user = _pack([user], of_user, place="the user")
-        packed = _pack(candidates, of_items, place="the candidates")
+        packed_user = self._pack([user], of_user, place="the user")
+        packed = self._pack(candidates, of_items, place="the candidates")
         asked = {"score": "rank_score", "ids": "rank_ids"} if ids else {"score": "rank_score"}
         shared, most = _inputs("user_", packed_user, part=slice(0, 1)), int(self._ranking["max_candidates"])
-        for start in range(0, len(packed.keys), most):
+        for start in range(0, len(packed[0]), most):
             part = slice(start, start + most)
             yield Message([*shared, *_inputs("item_", packed, part=part, batch=(1,))], asked)
+
+    def _pack(self, rows: Raw, signature: Signature, *, place: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Keys and numbers of the types that the server takes. Raises Fault where a value can't be packed."""
+        try:
+            packed = pack(rows if isinstance(rows, pa.Table) else _table(rows, signature), signature)
+            return packed.keys, narrow(packed.numbers, signature) if self._narrow else packed.numbers
+        except (ValueError, pa.ArrowException) as error:
+            wanted = _columns(signature.columns)
+            raise Fault(place, got=str(error), wanted=wanted, remedy="mend the rows") from None
 
     def result(self, answers: Sequence[Answer], *, ids: bool) -> Rows:
         """The answers of all requests, in their order, as one."""
@@ -134,12 +145,21 @@ def pause_s(error: InferenceServerException, *, attempt: int, left_s: float) -> 
     return pause if (dead or str(error.status()).endswith("UNAVAILABLE")) and pause < left_s else None
 
 
-def _pack(rows: Raw, signature: Signature, *, place: str) -> Packed:
-    try:
-        return pack(rows if isinstance(rows, pa.Table) else _table(rows, signature), signature)
-    except (ValueError, pa.ArrowException) as error:
-        wanted = _columns(signature.columns)
-        raise Fault(place, got=str(error), wanted=wanted, remedy="mend the rows") from None
+def narrow(numbers: Float64s, signature: Signature) -> npt.NDArray[np.float32]:
+    """As float32. Raises ValueError naming the first column with a value that it doesn't hold exactly."""
+    found, missing = as_float32(numbers), numbers == MISSING_NUMBER
+    if (lost := ~missing & ((found != numbers) | (found <= _LOWEST_FP32))).any():
+        row, at = np.argwhere(lost)[0]
+        name = signature.packed_names(signature.numbers)[at]
+        raise ValueError(f"column '{name}' holds {float(numbers[row, at])!r} at row {row}, which is no float32")
+    return found
+
+
+def as_float32(numbers: Float64s) -> npt.NDArray[np.float32]:
+    """The nearest float32 of each, its lowest one for missing."""
+    lowest = np.finfo(np.float32).min
+    with np.errstate(over="ignore"):
+        return np.where(numbers == MISSING_NUMBER, lowest, numbers).astype(np.float32)
 
 
 def _table(rows: Sequence[Mapping[str, object]], signature: Signature) -> pa.Table:
@@ -159,12 +179,15 @@ def _columns(columns: Mapping[str, str]) -> str:
     return "the columns " + ", ".join(f"{name} ({dtype})" for name, dtype in columns.items())
 
 
-def _inputs(prefix: str, packed: Packed, *, part: slice, batch: tuple[int, ...] = ()) -> list[triton_grpc.InferInput]:
+def _inputs(
+    prefix: str, packed: tuple[npt.NDArray[Any], npt.NDArray[Any]], *, part: slice, batch: tuple[int, ...] = ()
+) -> list[triton_grpc.InferInput]:
     """The matrices that have columns; `batch` are dimensions of 1 in front."""
     found = []
-    for name, array in (("keys", packed.keys[part]), ("numbers", packed.numbers[part])):
+    for name, whole in zip(("keys", "numbers"), packed, strict=True):
+        array = whole[part]
         if array.shape[1]:
-            tensor = triton_grpc.InferInput(f"{prefix}{name}", [*batch, *array.shape], _KINDS[name])
+            tensor = triton_grpc.InferInput(f"{prefix}{name}", [*batch, *array.shape], _TYPES[array.dtype.type])
             tensor.set_data_from_numpy(np.ascontiguousarray(array).reshape(*batch, *array.shape))
             found.append(tensor)
     return found

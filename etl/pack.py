@@ -1,6 +1,6 @@
 """Raw rows -> packed requests, at the client and everywhere else: needs a signature, no fitted state and no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,15 @@ def pack(table: pa.Table, signature: Signature) -> Packed:
         beside([np.empty((size, 0), np.int64), *keys]),
         beside([np.empty((size, 0), np.float64), *numbers]),
     )
+
+
+def part(packed: Packed, signature: Signature, *, names: Collection[str]) -> Packed:
+    """Packed rows of some of their raw columns."""
+    places = [
+        [at for at, name in enumerate(signature.packed_names(matrix)) if name in names]
+        for matrix in (signature.keys, signature.numbers)
+    ]
+    return Packed(packed.keys[:, places[0]], packed.numbers[:, places[1]])
 
 
 def beside(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

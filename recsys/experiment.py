@@ -155,6 +155,9 @@ class Serve(Section):
         [], description="raw columns or ranges (U1..U9) that a ranking request sends once for all its candidates"
     )
     max_candidates: int = Field(1024, ge=1, description="of one ranking request")
+    numbers: Literal["fp64", "fp32"] = Field(
+        "fp64", description="type of packed numbers; fp32 halves them, and takes what float32 holds exactly"
+    )
     psi_alarm: float = Field(0.2, gt=0, description="drift of scores and values that raises the alarm, as a PSI")
 
 

@@ -19,6 +19,18 @@ from recsys.models.head import Inputs, ModelConfig, Sizes
 LANE = 4
 
 
+class Part(NamedTuple):
+    """What a run gives to a head: a vector a field, the vectors of its single ids, and a first-order weight a field.
+
+    A sequence that stays unpooled has no field, and a mask [B, L], 1 where there is an id; others have [B, 0].
+    """
+
+    vectors_BFK: Tensor
+    entries_BEK: Tensor
+    linear_BF: Tensor
+    mask_BL: Tensor
+
+
 class Run(NamedTuple):
     """Slots `start` to `stop` of a layout that are treated alike: single plain ids, or one feature with several slots.
 
@@ -45,19 +57,38 @@ class Run(NamedTuple):
             else present_BL * floats_BN[:, self.floats : self.floats + self.stop - self.start]
         )
 
+    def shares_BL(self, values_BL: Tensor) -> Tensor:
+        """What multiplies the vectors that are pooled: for a mean, values that sum to 1.
+
+        What is not positive takes no part in a mean, and an empty bag stays 0.
+        """
+        if self.combiner == "sum":
+            return values_BL
+        positive_BL = values_BL.clamp(min=0)
+        total_B1 = positive_BL.sum(dim=1, keepdim=True)
+        return positive_BL / torch.where(total_B1 > 0, total_B1, 1)
+
+    def part(self, rows_BLW: Tensor, *, dim: int, pooled: bool, ids_BS: Tensor, floats_BN: Tensor) -> Part:
+        """What the rows of all slots, of `dim` floats and perhaps a first-order weight, give to a head."""
+        # one split: the gradient of a slice would be a matrix of zeros for each of them
+        vectors_BLK, rest_BLR = torch.split(rows_BLW, [dim, rows_BLW.shape[2] - dim], dim=2)
+        weights_BL1, none_BL = rest_BLR[:, :, :1], floats_BN[:, :0]
+        if self.plain:
+            return Part(vectors_BLK, vectors_BLK, weights_BL1.flatten(1), none_BL)
+        values_BL = self.values_BL(ids_BS, floats_BN)
+        linear_B1 = (weights_BL1 * values_BL[:, :, None]).sum(dim=1)
+        if not pooled:
+            mask_BL = self.present_BL(ids_BS, floats_BN)
+            return Part(vectors_BLK[:, :0], vectors_BLK * values_BL[:, :, None], linear_B1, mask_BL)
+        entries_BLK = vectors_BLK * self.shares_BL(values_BL)[:, :, None]
+        return Part(entries_BLK.sum(dim=1, keepdim=True), entries_BLK, linear_B1, none_BL)
+
 
 def _joined(parts: Sequence[Tensor], *, none: Tensor) -> Tensor:
     """The parts side by side, without a copy where there is one alone."""
     if len(parts) > 1:
         return torch.cat(list(parts), dim=1)
     return parts[0] if parts else none
-
-
-def _mean_values(values_BL: Tensor) -> Tensor:
-    """Values that sum to 1; what is not positive does not take part, and an empty bag stays 0."""
-    positive_BL = values_BL.clamp(min=0)
-    total_B1 = positive_BL.sum(dim=1, keepdim=True)
-    return positive_BL / torch.where(total_B1 > 0, total_B1, 1)
 
 
 @dataclass(frozen=True)
@@ -113,41 +144,29 @@ class Layout:
 
     def inputs(self, rows_BSW: Tensor, weights_BS: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
         """Rows of the slots with a vector and weights of the others, in this layout's order, to what a head reads."""
-        dim, fields, entries, linear, sequences, masks = self.sizes.dim, [], [], [], [], []
-        for run in (*self.full, *self.unpooled):
-            rows_BLW = rows_BSW[:, run.start : run.stop]
-            if run.plain:  # one split: the gradient of a slice would be a matrix of zeros for each of them
-                vectors_BLK, rest_BLR = torch.split(rows_BLW, [dim, rows_BLW.shape[2] - dim], dim=2)
-                fields.append(vectors_BLK)
-                entries.append(vectors_BLK)
-                linear.append(rest_BLR[:, :, 0] if self.linear else rows_BLW[:, :0, 0])
-                continue
-            values_BL = run.values_BL(ids_BS, floats_BN)
-            if self.linear:
-                linear.append((rows_BLW[:, :, dim] * values_BL).sum(dim=1, keepdim=True))
-            if run in self.unpooled:
-                sequences.append(rows_BLW[:, :, :dim] * values_BL[:, :, None])
-                masks.append(run.present_BL(ids_BS, floats_BN))
-                continue
-            values_BL = _mean_values(values_BL) if run.combiner == "mean" else values_BL
-            entries.append(rows_BLW[:, :, :dim] * values_BL[:, :, None])
-            fields.append(entries[-1].sum(dim=1, keepdim=True))
-        linear += [self._weight(run, weights_BS, ids_BS=ids_BS, floats_BN=floats_BN) for run in self.weights]
-        none_BFK, none_BL = rows_BSW[:, :0, :dim], floats_BN[:, :0]
-        return Inputs(
-            _joined(fields, none=none_BFK),
-            _joined(linear, none=none_BL),
-            floats_BN[:, : self.sizes.dense],
-            _joined(entries, none=none_BFK),
-            tuple(sequences),
-            tuple(masks),
-        )
+        parts = []
+        for run in self.runs:
+            start, stop = run.start - self.vectors, run.stop - self.vectors
+            rows_BLW = rows_BSW[:, run.start : run.stop] if start < 0 else weights_BS[:, start:stop, None]
+            dim = self.sizes.dim if start < 0 else 0
+            parts.append(
+                run.part(rows_BLW, dim=dim, pooled=run not in self.unpooled, ids_BS=ids_BS, floats_BN=floats_BN)
+            )
+        return self.joined(parts, dense_BN=floats_BN[:, : self.sizes.dense])
 
-    def _weight(self, run: Run, weights_BS: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Tensor:
-        weights_BL = weights_BS[:, run.start - self.vectors : run.stop - self.vectors]
-        if run.plain:
-            return weights_BL
-        return (weights_BL * run.values_BL(ids_BS, floats_BN)).sum(dim=1, keepdim=True)
+    def joined(self, parts: Sequence[Part], *, dense_BN: Tensor) -> Inputs:
+        """What a head reads, from the parts of all runs or of finer ones, in the order of the slots."""
+        full = [part for part in parts if part.vectors_BFK.shape[1:].numel()]
+        unpooled = [part for part in parts if part.mask_BL.shape[1]]
+        none_BFK = dense_BN.new_empty((dense_BN.shape[0], 0, self.sizes.dim))
+        return Inputs(
+            _joined([part.vectors_BFK for part in full], none=none_BFK),
+            _joined([part.linear_BF for part in parts], none=dense_BN[:, :0]),
+            dense_BN,
+            _joined([part.entries_BEK for part in full], none=none_BFK),
+            tuple(part.entries_BEK for part in unpooled),
+            tuple(part.mask_BL for part in unpooled),
+        )
 
 
 class _Places:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
 from recsys.models.histories import AttentionPair, Histories
-from recsys.models.layers import Dice, activation
+from recsys.models.layers import activation
 from recsys.models.tower import MLP, Tower, Widths
 
 
@@ -46,26 +46,22 @@ class ActivationUnit(nn.Module):
         self.factor = width**-0.5 if config.scale else 1.0
 
     def forward(self, query_BD: Tensor, keys_BLD: Tensor, valid_BL: Tensor) -> Tensor:
-        query_RD, keys_RD = query_BD[:, None].expand_as(keys_BLD).flatten(0, 1), keys_BLD.flatten(0, 1)
-        valid_R = valid_BL.flatten()
-        if self.training:  # most positions of most histories are empty: only the others are worth the work
-            rows_V = valid_R.nonzero().squeeze(1)
-            scores_V = self.scores_R(query_RD[rows_V], keys_RD[rows_V], valid_R=None)
-            scores_R = scores_V.new_zeros(valid_R.shape).index_copy(0, rows_V, scores_V)
-        else:
-            scores_R = self.scores_R(query_RD, keys_RD, valid_R=valid_R)
-        scores_BL = scores_R.view(valid_BL.shape)
+        # most positions of most histories are empty: only the others are worth the work
+        rows_V = valid_BL.flatten().nonzero().squeeze(1)
+        query_VD, keys_VD = query_BD[rows_V // valid_BL.shape[1]], keys_BLD.flatten(0, 1)[rows_V]
+        scores_V = self.scores_V(query_VD, keys_VD)
+        scores_BL = scores_V.new_zeros(valid_BL.numel()).index_copy(0, rows_V, scores_V).view(valid_BL.shape)
         if self.softmax:
             scores_BL = scores_BL.masked_fill(~valid_BL, torch.finfo(scores_BL.dtype).min).softmax(dim=1)
         return (scores_BL.masked_fill(~valid_BL, 0)[:, :, None].to(keys_BLD.dtype) * keys_BLD).sum(dim=1)
 
-    def scores_R(self, query_RD: Tensor, keys_RD: Tensor, *, valid_R: Tensor | None) -> Tensor:
-        """a(q, k) of single positions; `valid_R` are those that batch statistics count, all where it is None."""
-        x_RD = torch.cat([query_RD, keys_RD, query_RD - keys_RD, query_RD * keys_RD], dim=1)
+    def scores_V(self, query_VD: Tensor, keys_VD: Tensor) -> Tensor:
+        """a(q, k) of single positions, all of which batch statistics count."""
+        x_VD = torch.cat([query_VD, keys_VD, query_VD - keys_VD, query_VD * keys_VD], dim=1)
         for linear, act in zip(self.linears, self.activations, strict=True):
-            x_RD = act(linear(x_RD), valid_R) if isinstance(act, Dice) else act(linear(x_RD))
-        scores_R: Tensor = self.factor * self.score(x_RD).squeeze(1)
-        return scores_R
+            x_VD = act(linear(x_VD))
+        scores_V: Tensor = self.factor * self.score(x_VD).squeeze(1)
+        return scores_V
 
 
 class DIN(Head):

@@ -9,8 +9,9 @@ import pytest
 
 from deploy import export as exporting
 from deploy.bundle import Cost, read_bundle
+from deploy.lookup import Split
 from deploy.precision import PRECISIONS, accepted, cost_lines
-from deploy.program import Precision, ServedNetwork
+from deploy.program import FULL, Precision, ServedNetwork
 from etl.faults import Fault, Faults
 from etl.pack import pack
 from etl.sources import read_rows
@@ -26,6 +27,7 @@ def test_the_manifest_names_every_file_and_figure(exported: Path, run_folder: Pa
     assert {
         "weights.safetensors",
         "program.pt2",
+        "ranking.pt2",
         "program.json",
         "served_program.py",
         "schema.json",
@@ -50,18 +52,20 @@ def test_golden_requests_hold_missing_unseen_and_extreme_values(exported: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the commands silence it themselves
+@pytest.mark.parametrize("side", ["rows", "user"])
 def test_a_program_that_scores_otherwise_is_refused(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
 ) -> None:
+    """Also where it is that of ranking requests alone."""
     made = exporting.served_network
 
-    def nudged(network: Network, precision: Precision) -> ServedNetwork:
-        served = made(network, precision)
-        if served.weights is not None:
-            served.weights.matrix_RW += 1e-4
+    def mistaken(network: Network, precision: Precision = FULL, *, split: Split | None = None) -> ServedNetwork:
+        served = made(network, precision, split=split)
+        served.get_submodule(f"reader.{side}.lookups.0").single_begin_L.zero_()
         return served
 
-    monkeypatch.setattr(exporting, "served_network", nudged)
+    monkeypatch.setattr(exporting, "served_network", mistaken)
+    monkeypatch.setattr(exporting, "level_of", lambda wanted: None)
     with pytest.raises(Fault, match="scores that differ by"):
         exporting.export(run_folder, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -10,39 +10,74 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from deploy.lookup import Columns, Matrices, Matrix, Reader, Split
 from deploy.native import level_of
 from deploy.precision import PRECISIONS, Rows, fitted
-from deploy.program import Lookup, Precision, ServedNetwork, Shape, save_program, served_network, wide_layers
-from deploy.served_program import Forward, load_program
+from deploy.program import Precision, ServedNetwork, Shape, save_program, served_network, wide_layers
+from deploy.served_program import FILES, Program, load_program
 from etl.faults import Fault
-from etl.schema import Schema
+from etl.schema import Schema, Table
 from recsys.layout import Layout
 from recsys.models import MODELS
 from recsys.models.wide import WideConfig
 from recsys.network import Network
-from tests.registry import config_of, network_of, random_rows, rich_schema, schema_of
+from tests.registry import config_of, id_feature, network_of, random_rows, rich_schema, schema_of
 
 MAX_ROWS = 16
 NATIVE = pytest.mark.skipif(level_of("auto") is None, reason="no C++ compiler, or a CPU below x86-64-v3")
 NATIVE_KINDS = ("deepfm", "din", "esmm")
 
 
-def native_program(folder: Path) -> Forward:
+def native_program(folder: Path) -> Program:
     """Without its other form, so that it cannot give way."""
-    (folder / "program.pt2").rename(folder / "aside")
+    portable = [folder / files.portable for files in FILES.values()]
+    for path in portable:
+        path.rename(path.with_suffix(".aside"))
     try:
         return load_program(folder)
     finally:
-        (folder / "aside").rename(folder / "program.pt2")
+        for path in portable:
+            path.with_suffix(".aside").rename(path)
+
+
+def split_of(schema: Schema) -> Split:
+    """A user who is an id, a weighted bag, a history and a number, between columns of the candidates."""
+    user = ("user", "tags", "tags:value", "history", "x1")
+    sides: dict[bool, list[list[int]]] = {True: [], False: []}
+    for names in (schema.slot_names, schema.float_names):
+        for side, columns in sides.items():
+            columns.append([at for at, name in enumerate(names) if (name in user) == side])
+    return Split(Columns(*sides[True]), Columns(*sides[False]))
 
 
 def saved(network: Network, schema: Schema, folder: Path, *, precision: Precision, level: str | None) -> Path:
     shape = Shape(MAX_ROWS, slots=len(schema.slot_names), floats=len(schema.float_names))
-    save_program(served_network(network, precision), folder, shape=shape, level=level)
+    served = served_network(network, precision, split=split_of(schema))
+    save_program(served, folder, shape=shape, level=level)
     return folder
 
 
-def check_scores(program: Forward, network: Network, schema: Schema, *, atol: float) -> None:
+def check_scores(program: Program, network: Network, schema: Schema, *, atol: float) -> None:
+    check_rows(program, network, schema, atol=atol)
+    check_rankings(program, network, schema, atol=atol)
+
+
+def check_rankings(program: Program, network: Network, schema: Schema, *, atol: float) -> None:
+    """As the rows that they stand for: one user or several, of one candidate or many."""
+    assert program.ranked is not None
+    user, candidates = split_of(schema)
+    for users, user_B in ((1, [0]), (1, [0] * MAX_ROWS), (3, [0, 0, 1, 1, 1, 2]), (4, [0, 1, 2, 3])):
+        ids_US, floats_UN = (each[:, columns] for each, columns in zip(random_rows(schema, users), user, strict=True))
+        ids_BS, floats_BN = random_rows(schema, len(user_B), seed=len(user_B))
+        ids_BS[:, user.ids], floats_BN[:, user.floats] = ids_US[user_B], floats_UN[user_B]
+        with torch.no_grad():
+            wanted_BT = network(ids_BS, floats_BN).logits_BT.sigmoid()
+            own = (ids_BS[:, candidates.ids], floats_BN[:, candidates.floats])
+            got_BT = program.ranked(*own, ids_US, floats_UN, torch.tensor(user_B))
+        torch.testing.assert_close(got_BT, wanted_BT, rtol=0, atol=atol)
+
+
+def check_rows(program: Program, network: Network, schema: Schema, *, atol: float) -> None:
     for rows in (1, 2, 7, MAX_ROWS):
         ids_BS, floats_BN = random_rows(schema, rows)
         with torch.no_grad():
@@ -141,7 +176,7 @@ def test_native_code_takes_the_weights_of_another_training(native_folder: Path, 
     shutil.copytree(native_folder, tmp_path, dirs_exist_ok=True)
     schema = rich_schema(dense=2)
     network = network_of(config_of("deepfm"), schema, std=0.1)
-    save_file(served_network(network).weights_by_name(), tmp_path / "weights.safetensors")
+    save_file(served_network(network, split=split_of(schema)).weights_by_name(), tmp_path / "weights.safetensors")
     check_scores(native_program(tmp_path), network, schema, atol=1e-6)
 
 
@@ -184,18 +219,34 @@ def test_inputs_of_another_shape_or_layout(native_folder: Path) -> None:
     ):
         with pytest.raises(ValueError, match="wanted"):
             program(*bad)
+    user, candidates = split_of(rich_schema(dense=2))
+    own, users = ((ids_BS[:, part.ids], floats_BN[:, part.floats]) for part in (candidates, user))
+    assert program.ranked is not None
+    for of_user, user_B in ((users, torch.zeros(3).long()), (users[::-1], torch.zeros(4).long()), (users, own[1])):
+        with pytest.raises(ValueError, match="wanted"):
+            program.ranked(*own, *of_user, user_B)
     by_column = (ids_BS.t().contiguous().t(), floats_BN.t().contiguous().t())
     torch.testing.assert_close(program(*by_column), program(ids_BS, floats_BN), rtol=0, atol=0)
 
 
 def test_int8_rows_keep_the_first_order_weight() -> None:
     tables = {"a": torch.cat([torch.linspace(-0.1, 0.1, 36).view(9, 4), torch.full((9, 1), 5.4321)], dim=1)}
-    lookup = Lookup([0], names=["a"], tables=tables, vector=4, precision="int8")
-    got_BW = lookup(torch.arange(9)[:, None])[:, 0]
+    matrix = Matrix(tables, vector=4, precision="int8")
+    got_BW = matrix(torch.arange(9))
     torch.testing.assert_close(got_BW[:, 4], tables["a"][:, 4], rtol=0, atol=0)
     row_range = float((tables["a"][:, 3] - tables["a"][:, 0]).max())
     torch.testing.assert_close(got_BW[:, :4], tables["a"][:, :4], rtol=0, atol=row_range / 255)
-    assert lookup.matrix_RW.nbytes == 9 * (4 + 8)
+    assert matrix.matrix_RW.nbytes == 9 * (4 + 8)
+
+
+def test_lists_without_any_id() -> None:
+    schema = rich_schema(dense=2)
+    ids_BS, floats_BN = random_rows(schema, 5)
+    ids_BS[:, [at for at, name in enumerate(schema.slot_names) if name in ("tags", "history")]] = -1
+    for kind in ("deepfm", "din", "bst"):
+        network = network_of(config_of(kind), schema, std=0.1)
+        wanted_BT = network(ids_BS, floats_BN).logits_BT.sigmoid()
+        torch.testing.assert_close(served_network(network)(ids_BS, floats_BN), wanted_BT, rtol=0, atol=1e-6)
 
 
 def test_no_compiler_no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,13 +288,18 @@ def test_a_head_with_hidden_tensors_is_not_exported(tmp_path: Path) -> None:
             return inputs.dense_BN + self.secret[0]  # type: ignore[attr-defined]
 
     layout = Layout.of(schema_of((), dense=1, tasks=("click",)), WideConfig(), dim=4)
-    served = ServedNetwork(Hidden(), layout, rows=None, weights=None)  # type: ignore[arg-type]
+    served = ServedNetwork(Hidden(), Reader(layout, Matrices(None, None)))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="wanted code alone"):
         save_program(served, tmp_path, shape=Shape(4, slots=0, floats=1), level=None)
 
 
 def test_features_of_one_table_share_its_rows() -> None:
-    tables = {"a": torch.tensor([[0.0], [1.0]]), "b": torch.tensor([[10.0], [11.0], [12.0]])}
-    lookup = Lookup([2, 0, 1], names=["b", "a", "b"], tables=tables)
-    assert lookup.matrix_RW.shape == (5, 1)
-    assert lookup(torch.tensor([[1, 2, 0]])).flatten().tolist() == [10.0, 1.0, 12.0]
+    matrix = Matrix({"a": torch.tensor([[0.0], [1.0]]), "b": torch.tensor([[10.0], [11.0], [12.0]])})
+    features = (id_feature("x", table="b"), id_feature("y", table="a"), id_feature("z", table="b"))
+    schema = schema_of((), dense=0, tasks=("click",))
+    tables = tuple(Table(name=name, rows=rows) for name, rows in (("a", 2), ("b", 3)))
+    schema = schema.model_copy(update={"features": features, "tables": tables})
+    layout = Layout.of(schema, WideConfig(), dim=4)
+    read = Reader(layout, Matrices(None, matrix))(torch.tensor([[1, 0, 2]]), torch.zeros(1, 0))
+    assert matrix.matrix_RW.shape == (5, 1)
+    assert read.linear_BL.tolist() == [[11.0, 0.0, 12.0]]

@@ -52,6 +52,10 @@ BAD = {
         "wanted int64 [B, 3] with the columns site, city",
     ),
     "uneven": (Request(np.zeros((2, 3), np.int64), np.zeros((1, 2))), "'keys' has 2 rows, and input 'numbers' 1"),
+    "infinity of 32 bits": (
+        Request(np.zeros((2, 3), np.int64), np.full((2, 2), -np.inf, np.float32)),
+        "column 'age' holds -inf at row 0",
+    ),
     "of another type": (Request(np.zeros((2, 3), np.int32), np.zeros((2, 2))), "input 'keys' is int32"),
     "empty": (Request(np.zeros((0, 3), np.int64), np.zeros((0, 2))), "have no rows"),
     "a filler": (filler(), "column 'city' holds -9223372036854775807 at row 1"),
@@ -122,3 +126,16 @@ def test_a_number_next_to_the_lowest_is_missing_and_minus_infinity_is_not(ranker
     np.testing.assert_array_equal(exact.ids, near.ids)
     np.testing.assert_array_equal(exact.floats, near.floats)
     assert "column 'age' holds -inf" in str(infinite)
+
+
+def test_numbers_of_32_bits_score_as_the_same_ones_of_64(ranker: Ranker) -> None:
+    wide = request_of(6, seed=7)
+    numbers = wide.numbers.astype(np.float32)
+    wide.numbers[:] = numbers
+    wide.numbers[2:4, 0], numbers[2:4, 0] = etl.transform.MISSING_NUMBER, (np.finfo(np.float32).min, -3.4028e38)
+    one, other = ranker.score([wide, Request(wide.keys, numbers)])
+    assert isinstance(one, Scored)
+    assert isinstance(other, Scored)
+    np.testing.assert_array_equal(one.ids, other.ids)
+    np.testing.assert_array_equal(one.floats, other.floats)
+    np.testing.assert_allclose(one.score, other.score, rtol=0, atol=1e-6)

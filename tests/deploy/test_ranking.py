@@ -15,8 +15,8 @@ import deploy.ranker
 import etl.transform
 from deploy.bundle import read_bundle
 from deploy.ranker import Ranker, Request, Scored
-from deploy.ranking import Ranking, RankRequest
-from deploy.served_program import load_program
+from deploy.ranking import Ranked, Ranking, RankRequest
+from deploy.served_program import Program, load_program
 from etl.lookup import write_slots
 from etl.pack import pack
 from etl.transform import MISSING_NUMBER, Packed, Signature, crossed
@@ -56,6 +56,12 @@ class Case:
         ranked = RankRequest(Request(user.keys, user.numbers), Request(items.keys, items.numbers))
         return ranked, Request(packed.keys, packed.numbers)
 
+    def score(self, rows: Request) -> list[Scored]:
+        """Forwards of 16 rows."""
+        parts = [slice(at, at + 16) for at in range(0, len(rows.keys), 16)]
+        scored = [self.ranker.score([Request(rows.keys[part], rows.numbers[part])])[0] for part in parts]
+        return [each for each in scored if isinstance(each, Scored)]
+
     def _pack(self, rows: pa.Table, signature: Signature) -> Packed:
         return pack(rows.select(list(signature.columns)), signature)
 
@@ -90,14 +96,13 @@ def test_mixed_requests_score_as_their_rows(name: str, request: pytest.FixtureRe
     case: Case = request.getfixturevalue(name)
     rows = tiny_rows if name == "tiny" else raw_lists
     pairs = [case.request(rows(count, seed=count)) for count in (5, 1, 50, 17, 3, 50, 50)]
-    wanted = case.ranker.score([plain for _, plain in pairs])
+    wanted = [case.score(plain) for _, plain in pairs]
     got = case.ranking.score([ranked for ranked, _ in pairs])
     for one, other in zip(got, wanted, strict=True):
-        assert isinstance(one, Scored)
-        assert isinstance(other, Scored)
-        np.testing.assert_array_equal(one.ids, other.ids)
-        np.testing.assert_array_equal(one.floats, other.floats)
-        np.testing.assert_allclose(one.score, other.score, rtol=0, atol=1e-6)
+        assert isinstance(one, Ranked)
+        for name in ("ids", "floats"):
+            np.testing.assert_array_equal(getattr(one, name), np.concatenate([getattr(each, name) for each in other]))
+        np.testing.assert_allclose(one.score, np.concatenate([each.score for each in other]), rtol=0, atol=1e-6)
     assert np.ptp(np.concatenate([one.score for one in got])) > 1e-3
 
 
@@ -153,7 +158,7 @@ def test_shapes_that_are_no_ranking_request(tiny: Case) -> None:
         "input 'item_keys' has 2 rows, and input 'item_numbers' 1",
     ]
     *faults, scored = tiny.ranking.score([*bad, good])
-    assert isinstance(scored, Scored)
+    assert isinstance(scored, Ranked)
     for fault, message in zip(faults, messages, strict=True):
         assert message in str(fault)
 
@@ -225,14 +230,17 @@ def every_kind(folder: Path, user: list[str]) -> tuple[Ranker, Ranking]:
     schema = {"features": features, "dense": [{"name": step["name"]} for step in DENSE], "tables": tables}
     (folder / "schema.json").write_text(json.dumps(schema))
 
-    def program(ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
+    def rows(ids_BS: torch.Tensor, floats_BN: torch.Tensor) -> torch.Tensor:
         return ids_BS.sum(1, keepdim=True).float() + floats_BN.sum(1, keepdim=True)
+
+    def ranked(*inputs: torch.Tensor) -> torch.Tensor:
+        return rows(*inputs[:2]) + rows(*inputs[2:4])[inputs[4]]
 
     def part(names: set[str]) -> dict[str, Any]:
         kept = {key: [name for name in SIGNATURE[key] if name in names] for key in ("keys", "numbers", "newest")}
         return {"columns": {n: COLUMNS[n] for n in names}, "slots": {n: SLOTS[n] for n in names & set(SLOTS)}, **kept}
 
-    ranker = Ranker(folder, etl.transform, program=program)
+    ranker = Ranker(folder, etl.transform, program=Program(rows, ranked))
     parts = {"user": part(set(user)), "items": part(set(COLUMNS) - set(user))}
     return ranker, Ranking(ranker, deploy.ranker, **parts, most=50, rows=16)
 
@@ -273,11 +281,11 @@ def test_every_kind_of_feature_on_either_side(tmp_path: Path, user: list[str]) -
         ranked.append(RankRequest(Request(*halves["user"]), Request(*halves["items"])))
         plain.append(Request(*rows))
     for one, other in zip(ranking.score(ranked), ranker.score(plain), strict=True):
-        assert isinstance(one, Scored), one
+        assert isinstance(one, Ranked), one
         assert isinstance(other, Scored), other
         np.testing.assert_array_equal(one.ids, other.ids)
         np.testing.assert_array_equal(one.floats, other.floats)
-        np.testing.assert_array_equal(one.score, other.score)
+        np.testing.assert_allclose(one.score, other.score, rtol=1e-6)
 
 
 def _some_keys(rng: np.random.Generator, count: int, slots: int) -> npt.NDArray[np.int64]:

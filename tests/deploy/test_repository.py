@@ -44,6 +44,15 @@ def test_the_config_says_what_the_bundle_says(bundle: Path, tmp_path: Path) -> N
     assert float(config.parameters["psi_alarm"].string_value) == 0.2
 
 
+def test_numbers_of_32_bits(bundle: Path) -> None:
+    made = read_bundle(bundle)
+    narrow = made.model_copy(update={"serve": made.serve.model_copy(update={"numbers": "fp32"})})
+    config = model_config(narrow, bundle_hash="", instances=1, version=1)
+    types = {each.data_type for each in config.input if each.name.endswith("numbers")}
+    assert types == {pb.TYPE_FP32}
+    assert json.loads(config.parameters["signature"].string_value)["numbers_type"] == "FP32"
+
+
 def test_inputs_and_outputs_without_columns_are_left_out(bundle: Path) -> None:
     made = read_bundle(bundle)
     bare = made.model_copy(

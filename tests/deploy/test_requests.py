@@ -380,3 +380,38 @@ def test_a_model_of_rows_alone_does_not_rank(lists_bundle: Path) -> None:
     wire = Wire(json.dumps(described), place="here", deadline_s=1.0)
     with pytest.raises(Fault, match=r"name the user's columns in \[serve\] user"):
         next(wire.ranked({}, [], ids=False))
+
+
+def test_numbers_of_32_bits_are_packed_where_the_model_takes_them() -> None:
+    """What float32 would round is refused: it could fall into another bucket than offline."""
+    described = {
+        "columns": {"x": "float64", "y": "float64"},
+        **{"keys": [], "numbers": ["x", "y"], "slots": {}, "newest": []},
+        **{"tasks": ["click"], "max_rows": 32, "numbers_type": "FP32"},
+    }
+    wire = Wire(json.dumps(described), place="here", deadline_s=1.0)
+    (message,) = wire.rows([{"x": 0.5, "y": None}, {"x": 2**24, "y": 7.0}], ids=False)
+    (numbers,) = message.inputs
+    assert (numbers.datatype(), numbers.shape()) == ("FP32", [2, 2])
+    sent = np.frombuffer(numbers._get_content(), np.float32)
+    assert sent.tolist() == [0.5, np.finfo(np.float32).min, 2**24, 7.0]
+    for value, shown in ((0.1, "0.1"), (2**24 + 1, "16777217.0"), (1e300, "1e+300"), (-3.4e38, "-3.4e+38")):
+        with pytest.raises(Fault, match=re.escape(f"column 'y' holds {shown} at row 1, which is no float32")):
+            list(wire.rows([{"x": 0.5, "y": 1.0}, {"x": 0.5, "y": value}], ids=False))
+
+
+@pytest.mark.triton
+def test_a_model_that_takes_numbers_of_32_bits(bundle: Path) -> None:
+    """Rows, and rankings, as offline; the manifest is the one file without a hash."""
+    described = json.loads((bundle / "bundle.json").read_text())
+    described["serve"]["numbers"] = "fp32"
+    (bundle / "bundle.json").write_text(json.dumps(described))
+    columns = {"site": ["a"] * 3, "city": ["Berlin", None, "x"], "item": [1, 2, None], "age": [20.0] * 3}
+    table = pa.table(columns | {"price": [0.5, None, 2.25]})
+    network, transform = offline_run(Path(described["run"]))
+    wanted = offline_scores(network, transform, table=table)
+    with serving(bundle) as (_, url), Client(url) as client:
+        user, items = {"site": "a", "age": 20.0}, table.drop_columns(["site", "age"])
+        for got in (client.score(table, ids=True), client.rank(user, items, ids=True)):
+            np.testing.assert_allclose(got.score, wanted.score, rtol=0, atol=1e-6)
+            np.testing.assert_array_equal(got.ids, wanted.ids)
