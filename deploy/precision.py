@@ -44,9 +44,10 @@ def costs(network: Network, schema: Schema, *, valid: Path, limit_rows: int, tol
     ids_RS, floats_RN, labels_RT, weights_RT = _read(Split(valid, schema), limit_rows=limit_rows)
     rows = Rows(ids_RS, floats_RN, _logits_RT(served_network(network), ids_RS, floats_RN=floats_RN).sigmoid())
     found: list[Cost] = []
+    fit = Fit(network, rows, tolerance=tolerance)
     for wanted in PRECISIONS:
-        precision = fitted(network, wanted, rows=rows, tolerance=tolerance)
-        served = served_network(network, precision)
+        precision = fit.nearest(wanted)
+        served = fit.served(precision)
         logits_RT = _logits_RT(served, ids_RS, floats_RN=floats_RN)
         metrics = task_metrics(
             schema.task_names, labels_RT=labels_RT.numpy(), logits_RT=logits_RT.numpy(), weights_RT=weights_RT.numpy()
@@ -67,32 +68,53 @@ def costs(network: Network, schema: Schema, *, valid: Path, limit_rows: int, tol
     return tuple(found)
 
 
-def fitted(network: Network, wanted: Precision, *, rows: Rows, tolerance: float) -> Precision:
-    """What comes nearest to `wanted` and changes no probability of the rows by more than four fifths of the tolerance.
-
-    The rest is for rows that are not among these. Tables take the next finer type. Where all wide layers in bfloat16
-    are too many, they are lowered one after another as long as it holds, first those that alone change least for the
-    products that they save.
+class Fit:
+    """What a network bears: no probability of the rows may change by more than four fifths of the tolerance, the rest
+    is for rows that are not among these. Each precision is measured once, however often it is asked for.
     """
 
-    def holds(served: ServedNetwork) -> bool:
-        return _difference(served, rows) <= _SHARE * tolerance
+    def __init__(self, network: Network, rows: Rows, *, tolerance: float) -> None:
+        self._network, self._rows, self._most = network, rows, _SHARE * tolerance
+        self._layers = wide_layers(network.head)
+        self._tables: tuple[Tables, ServedNetwork] | None = None
+        self._changes: dict[Precision, float] = {}
 
-    finer = _TABLES[_TABLES.index(wanted.tables) :]
-    stored = next((each for each in finer[:-1] if holds(served_network(network, Precision(each)))), finer[-1])
-    if wanted.dense == "fp32":
-        return Precision(stored)
-    served = served_network(network, Precision(stored))
-    if holds(with_bf16(served, keep=())):
-        return Precision(stored, "bf16")
-    exact, layers = served if stored == "fp32" else served_network(network), wide_layers(network.head)
-    kept = tuple(layers)
-    alone = {name: with_bf16(exact, keep=set(layers) - {name}) for name in layers}
-    change = {name: _difference(alone[name], rows) / layers[name].weight.numel() for name in layers}
-    for name in sorted(layers, key=change.__getitem__):
-        fewer = tuple(each for each in kept if each != name)
-        kept = fewer if holds(with_bf16(served, keep=fewer)) else kept
-    return Precision(stored, "bf16", kept)
+    def nearest(self, wanted: Precision) -> Precision:
+        """What comes nearest to `wanted`.
+
+        Tables take the next finer type. Where all wide layers in bfloat16 are too many, they are lowered one after
+        another as long as it holds, first those that alone change least for the products that they save.
+        """
+        finer = _TABLES[_TABLES.index(wanted.tables) :]
+        stored = next((each for each in finer[:-1] if self._holds(Precision(each))), finer[-1])
+        if wanted.dense == "fp32" or self._holds(Precision(stored, "bf16")):
+            return Precision(stored, wanted.dense)
+        alone = {name: self._change(Precision("fp32", "bf16", self._but(name))) for name in self._layers}
+        kept = tuple(self._layers)
+        for name in sorted(alone, key=lambda name: alone[name] / self._layers[name].weight.numel()):
+            fewer = tuple(each for each in kept if each != name)
+            kept = fewer if self._holds(Precision(stored, "bf16", fewer)) else kept
+        return Precision(stored, "bf16", kept)
+
+    def served(self, precision: Precision) -> ServedNetwork:
+        """The network in this precision; the tables of the last one are kept for the next, which often has the same."""
+        if self._tables is None or self._tables[0] != precision.tables:
+            self._tables = None  # before the others are made
+            self._tables = precision.tables, served_network(self._network, Precision(precision.tables))
+        exact = self._tables[1]
+        return exact if precision.dense == "fp32" else with_bf16(exact, keep=precision.keep)
+
+    def _but(self, name: str) -> tuple[str, ...]:
+        return tuple(each for each in self._layers if each != name)
+
+    def _holds(self, precision: Precision) -> bool:
+        return self._change(precision) <= self._most
+
+    def _change(self, precision: Precision) -> float:
+        if precision not in self._changes:
+            logits_RT = _logits_RT(self.served(precision), self._rows.ids_RS, floats_RN=self._rows.floats_RN)
+            self._changes[precision] = _change(logits_RT, self._rows)
+        return self._changes[precision]
 
 
 def accepted(found: Sequence[Cost], precision: Precision, *, budget: Export) -> Precision:
@@ -151,10 +173,6 @@ def _logits_RT(served: ServedNetwork, ids_RS: Tensor, *, floats_RN: Tensor) -> T
     parts = [slice(at, at + _BATCH_ROWS) for at in range(0, len(ids_RS), _BATCH_ROWS)]
     with torch.inference_mode():
         return torch.cat([served.logits_BT(ids_RS[part], floats_RN[part]) for part in parts])
-
-
-def _difference(served: ServedNetwork, rows: Rows) -> float:
-    return _change(_logits_RT(served, rows.ids_RS, floats_RN=rows.floats_RN), rows)
 
 
 def _change(logits_RT: Tensor, rows: Rows) -> float:

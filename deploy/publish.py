@@ -19,7 +19,7 @@ from deploy.client import Client
 from deploy.control import ModelControl, Server
 from deploy.repository import CANDIDATE, Repository, locked, model_config
 from deploy.server import EmbeddedServer, ServerOptions
-from deploy.verify import golden_comparison
+from deploy.verify import golden_comparisons
 from etl.artifact import sha256
 from etl.faults import Fault
 
@@ -137,10 +137,10 @@ def _trial(repository: Repository, server: Server | None) -> Iterator[str]:
 
 def _require_golden_scores(bundle_dir: Path, bundle: Bundle, *, url: str, tls: Path | None) -> None:
     with Client(url, CANDIDATE, tls=tls) as client:
-        compared = golden_comparison(bundle_dir, bundle, client=client)
-    if compared.equal != compared.rows:
-        wanted, remedy = "every row as offline", "export the run again, and look at what changed since"
-        raise Fault(str(bundle_dir), got=str(compared), wanted=wanted, remedy=remedy)
+        for compared in golden_comparisons(bundle_dir, bundle, client=client):
+            if compared.equal != compared.rows:
+                wanted, remedy = "every row as offline", "export the run again, and look at what changed since"
+                raise Fault(str(bundle_dir), got=str(compared), wanted=wanted, remedy=remedy)
 
 
 def _require_same_signature(repository: Repository, bundle: Bundle) -> None:

@@ -58,6 +58,13 @@ def _moved(tensor: torch.Tensor) -> torch.Tensor:
     return tensor * 1.5 if tensor.is_floating_point() else tensor
 
 
+def ranks_otherwise(bundle: Path) -> None:
+    """Rows score as before; of a user and its candidates every score is another one."""
+    code, call = (bundle / "ranking.py").read_text(), "fault or Ranked(score_BT[piece],"
+    assert call in code
+    (bundle / "ranking.py").write_text(code.replace(call, "fault or Ranked(score_BT[piece] * 0.5,"))
+
+
 def no_load(bundle: Path) -> None:
     (bundle / "model.py").write_text("raise ValueError('no table of this name')")
 
@@ -190,6 +197,15 @@ def test_all_servers_of_a_repository_take_a_version_or_none(bundle: Path, monkey
     assert pods.served == dict.fromkeys(urls, 2)
     assert rollback(repository, servers=servers).version == 1
     assert pods.served == dict.fromkeys(urls, 1)
+
+
+@pytest.mark.triton
+def test_a_version_that_ranks_otherwise_than_offline_is_refused(bundle: Path) -> None:
+    """Though it scores rows as it should."""
+    repository = bundle.parent / "repository"
+    with pytest.raises(Fault, match="golden rankings: 0 of 14 rows equal"):
+        publish(changed(bundle, "wrong", ranks_otherwise), repository, servers=[], keep=3)
+    assert (Repository(repository).current(), Repository(repository).versions()) == (None, [])
 
 
 @pytest.mark.slow

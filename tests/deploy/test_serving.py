@@ -77,6 +77,7 @@ def test_verify_finds_every_row_equal(home: Path, url: str) -> None:
     done = deploy("verify", home / "bundle", "--url", url)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "golden requests: 14 of 14 rows equal within 1e-06" in done.stdout
+    assert "golden rankings: 14 of 14 rows equal within 1e-06" in done.stdout
     assert "test split: 150 of 150 rows equal within 1e-06" in done.stdout
 
 
@@ -95,6 +96,7 @@ def test_verify_exits_1_where_a_row_differs(url: str, bundle: Path, column: str)
     done = deploy("verify", bundle, "--url", url)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "golden requests: 13 of 14 rows equal" in done.stdout
+    assert "golden rankings: 13 of 14 rows equal" in done.stdout
     assert "test split: 150 of 150 rows equal" in done.stdout
 
 
