@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deploy.bundle import Cost
 from deploy.lookup import Tables
-from deploy.program import Precision, ServedNetwork, served_network, wide_layers, with_bf16
+from deploy.program import FULL, Precision, ServedNetwork, served_network, wide_layers, with_bf16
 from etl.faults import Fault
 from etl.schema import Schema
 from recsys.data import Slice, Split
@@ -30,11 +30,10 @@ _SHARE = 0.8
 
 
 class Rows(NamedTuple):
-    """Validation rows, and the probabilities [R, T] of the network at full precision."""
+    """Validation rows, as the network reads them."""
 
     ids_RS: Tensor
     floats_RN: Tensor
-    probability_RT: Tensor
 
 
 def costs(network: Network, schema: Schema, *, valid: Path, limit_rows: int, tolerance: float) -> tuple[Cost, ...]:
@@ -42,13 +41,11 @@ def costs(network: Network, schema: Schema, *, valid: Path, limit_rows: int, tol
     if not valid.is_dir():
         return ()
     ids_RS, floats_RN, labels_RT, weights_RT = _read(Split(valid, schema), limit_rows=limit_rows)
-    rows = Rows(ids_RS, floats_RN, _logits_RT(served_network(network), ids_RS, floats_RN=floats_RN).sigmoid())
     found: list[Cost] = []
-    fit = Fit(network, rows, tolerance=tolerance)
+    fit = Fit(network, Rows(ids_RS, floats_RN), tolerance=tolerance)
     for wanted in PRECISIONS:
         precision = fit.nearest(wanted)
-        served = fit.served(precision)
-        logits_RT = _logits_RT(served, ids_RS, floats_RN=floats_RN)
+        logits_RT = fit.logits_RT(precision)
         metrics = task_metrics(
             schema.task_names, labels_RT=labels_RT.numpy(), logits_RT=logits_RT.numpy(), weights_RT=weights_RT.numpy()
         )
@@ -58,11 +55,11 @@ def costs(network: Network, schema: Schema, *, valid: Path, limit_rows: int, tol
                 dense=wanted.dense,
                 finer=None if precision.tables == wanted.tables else precision.tables,
                 kept=precision.keep,
-                size_bytes=sum(tensor.nbytes for tensor in served.weights_by_name().values()),
+                size_bytes=sum(tensor.nbytes for tensor in fit.served(precision).weights_by_name().values()),
                 rows=len(labels_RT),
                 auc=_by_task(metrics, "auc", tasks=schema.task_names),
                 ne=_by_task(metrics, "ne", tasks=schema.task_names),
-                difference=_change(logits_RT, rows),
+                difference=fit.change(precision),
             )
         )
     return tuple(found)
@@ -77,7 +74,7 @@ class Fit:
         self._network, self._rows, self._most = network, rows, _SHARE * tolerance
         self._layers = wide_layers(network.head)
         self._tables: tuple[Tables, ServedNetwork] | None = None
-        self._changes: dict[Precision, float] = {}
+        self._measured: dict[Precision, Tensor] = {}
 
     def nearest(self, wanted: Precision) -> Precision:
         """What comes nearest to `wanted`.
@@ -89,7 +86,7 @@ class Fit:
         stored = next((each for each in finer[:-1] if self._holds(Precision(each))), finer[-1])
         if wanted.dense == "fp32" or self._holds(Precision(stored, "bf16")):
             return Precision(stored, wanted.dense)
-        alone = {name: self._change(Precision("fp32", "bf16", self._but(name))) for name in self._layers}
+        alone = {name: self.change(Precision("fp32", "bf16", self._but(name))) for name in self._layers}
         kept = tuple(self._layers)
         for name in sorted(alone, key=lambda name: alone[name] / self._layers[name].weight.numel()):
             fewer = tuple(each for each in kept if each != name)
@@ -99,22 +96,27 @@ class Fit:
     def served(self, precision: Precision) -> ServedNetwork:
         """The network in this precision; the tables of the last one are kept for the next, which often has the same."""
         if self._tables is None or self._tables[0] != precision.tables:
-            self._tables = None  # before the others are made
+            self._tables = None  # gone before the others are made
             self._tables = precision.tables, served_network(self._network, Precision(precision.tables))
         exact = self._tables[1]
         return exact if precision.dense == "fp32" else with_bf16(exact, keep=precision.keep)
+
+    def logits_RT(self, precision: Precision) -> Tensor:
+        """What the probabilities of the rows are made from."""
+        if precision not in self._measured:
+            self._measured[precision] = _logits_RT(self.served(precision), self._rows)
+        return self._measured[precision]
+
+    def change(self, precision: Precision) -> float:
+        """The largest change of a probability."""
+        probability_RT = self.logits_RT(FULL).sigmoid()
+        return float((self.logits_RT(precision).sigmoid() - probability_RT).abs().max())
 
     def _but(self, name: str) -> tuple[str, ...]:
         return tuple(each for each in self._layers if each != name)
 
     def _holds(self, precision: Precision) -> bool:
-        return self._change(precision) <= self._most
-
-    def _change(self, precision: Precision) -> float:
-        if precision not in self._changes:
-            logits_RT = _logits_RT(self.served(precision), self._rows.ids_RS, floats_RN=self._rows.floats_RN)
-            self._changes[precision] = _change(logits_RT, self._rows)
-        return self._changes[precision]
+        return self.change(precision) <= self._most
 
 
 def accepted(found: Sequence[Cost], precision: Precision, *, budget: Export) -> Precision:
@@ -169,15 +171,10 @@ def _read(split: Split, *, limit_rows: int) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _logits_RT(served: ServedNetwork, ids_RS: Tensor, *, floats_RN: Tensor) -> Tensor:
-    parts = [slice(at, at + _BATCH_ROWS) for at in range(0, len(ids_RS), _BATCH_ROWS)]
+def _logits_RT(served: ServedNetwork, rows: Rows) -> Tensor:
+    parts = [slice(at, at + _BATCH_ROWS) for at in range(0, len(rows.ids_RS), _BATCH_ROWS)]
     with torch.inference_mode():
-        return torch.cat([served.logits_BT(ids_RS[part], floats_RN[part]) for part in parts])
-
-
-def _change(logits_RT: Tensor, rows: Rows) -> float:
-    """The largest change of a probability."""
-    return float((logits_RT.sigmoid() - rows.probability_RT).abs().max())
+        return torch.cat([served.logits_BT(rows.ids_RS[part], rows.floats_RN[part]) for part in parts])
 
 
 def _by_task(metrics: Mapping[str, object], name: str, *, tasks: Sequence[str]) -> dict[str, float | None]:

@@ -33,8 +33,9 @@ class Comparison:
 
 
 def verify(bundle_dir: Path, *, url: str, rows: Path | None, tls: Path | None = None) -> Iterator[Comparison]:
-    """Replays the golden requests with the scores kept in the bundle, as rows and as rankings where the model ranks, then
-    the raw test split, or `rows` instead of it, scored offline by the trained network. A row is equal where all its ids are, and its scores within the tolerance.
+    """Replays the golden requests with the scores kept in the bundle, as rows and, where the model ranks, as rankings;
+    then the raw test split, or `rows` instead of it, scored offline by the trained network. A row is equal where all
+    its ids are, and its scores within the tolerance.
 
     Raises:
         Fault: the bundle was changed, the server can't be reached, raw files are gone, or the run was trained anew.

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from deploy import precision as precisions
 from deploy.lookup import Columns, Matrices, Matrix, Reader, Split
 from deploy.native import level_of
-from deploy.precision import PRECISIONS, Rows, fitted
+from deploy.precision import PRECISIONS, Fit, Rows
 from deploy.program import Precision, ServedNetwork, Shape, save_program, served_network, wide_layers
 from deploy.served_program import FILES, Program, load_program
 from etl.faults import Fault
@@ -98,10 +99,7 @@ def test_the_program_scores_as_the_network_does(kind: str, dense: int, tmp_path:
 
 def fitted_to_rows(network: Network, schema: Schema, wanted: Precision, *, tolerance: float = 1e-3) -> Precision:
     """By other rows than those of the checks."""
-    ids_RS, floats_RN = random_rows(schema, 8192, seed=9)
-    with torch.no_grad():
-        exact_RT = network(ids_RS, floats_RN).logits_BT.sigmoid()
-    return fitted(network, wanted, rows=Rows(ids_RS, floats_RN, exact_RT), tolerance=tolerance)
+    return Fit(network, Rows(*random_rows(schema, 8192, seed=9)), tolerance=tolerance).nearest(wanted)
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -133,6 +131,24 @@ def test_what_carries_a_rounding_on_stays_finer(kind: str) -> None:
     assert fitted_to_rows(network, schema, wanted, tolerance=0.1) == wanted
     strict = fitted_to_rows(network, schema, wanted, tolerance=1e-6)
     assert (strict.tables, set(strict.keep)) == ("fp32", layers)
+
+
+def test_no_precision_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    schema, scored = rich_schema(dense=2), precisions._logits_RT
+    network = network_of(config_of("deep_crossing"), schema, std=0.05)
+    measured: list[frozenset[tuple[str, torch.dtype]]] = []
+
+    def noted(served: ServedNetwork, rows: Rows) -> torch.Tensor:
+        measured.append(frozenset((name, tensor.dtype) for name, tensor in served.weights_by_name().items()))
+        return scored(served, rows)
+
+    monkeypatch.setattr(precisions, "_logits_RT", noted)
+    fit = Fit(network, Rows(*random_rows(schema, 2048, seed=9)), tolerance=1e-3)
+    found = [fit.nearest(wanted) for wanted in PRECISIONS]
+    assert found[1].keep and found[4].keep, "layers were chosen for both kinds of tables"
+    assert [fit.change(each) for each in found] == [fit.change(each) for each in found]
+    assert len(measured) == len(set(measured)) > 2 * len(PRECISIONS)
 
 
 @NATIVE
