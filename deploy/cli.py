@@ -1,5 +1,6 @@
 """The commands of serving."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ from etl.faults import exit_on_fault
 from etl.options import an_option_for_each_field
 
 if TYPE_CHECKING:
+    from deploy.bundle import Cost
     from deploy.control import Server
 
 app = typer.Typer(
@@ -47,7 +49,7 @@ def export(
 ) -> None:
     """Write a bundle: weights, program, transform and golden requests. Refused where its scores are not the run's.
 
-    Prints what each precision costs on the validation rows, and what of the network it leaves finer.
+    Prints what each precision costs on the validation rows, and what of the network it leaves finer, refused or not.
     """
     with exit_on_fault():
         from recsys.progress import quiet_libraries
@@ -56,12 +58,13 @@ def export(
         from deploy.export import export as run_export
         from deploy.precision import cost_lines
 
+        def show(found: "Sequence[Cost]") -> None:
+            print(*cost_lines(found), sep="\n", flush=True)
+
         folder = out or run.parent / "bundle"
         given = {"tables": tables, "dense": dense, "compile": compile_}
         overrides = {name: value for name, value in given.items() if value is not None}
-        bundle = run_export(run, folder, data=data, overrides=overrides)
-        for line in cost_lines(bundle.costs):
-            print(line)
+        bundle = run_export(run, folder, data=data, overrides=overrides, tell=show)
         print(f"{folder}: step {bundle.step}, {len(bundle.files)} files, scores equal within {bundle.tolerance:g}")
         print(f"  quantization: {bundle.quantization}; native code: {bundle.isa}")
 

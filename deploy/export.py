@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,12 +46,17 @@ _EDGES: dict[str, list[Any]] = {
 
 
 def export(
-    run: Path, out: Path, *, data: Path | None = None, overrides: Mapping[str, str | float] | None = None
+    run: Path,
+    out: Path,
+    *,
+    data: Path | None = None,
+    overrides: Mapping[str, str | float] | None = None,
+    tell: Callable[[Sequence[Cost]], None] | None = None,
 ) -> Bundle:
     """Writes the bundle folder at once and returns what its manifest says.
 
     `data` is the dataset folder, by default beside the run: without one there are no costs, and no drift of values.
-    `overrides` are settings that replace those of `[export]`.
+    `overrides` are settings that replace those of `[export]`. `tell` gets the costs before one of them may be refused.
 
     Raises:
         Fault: the run has no result, its raw test files are gone, the dataset folder is another experiment's, a golden
@@ -71,6 +76,8 @@ def export(
         open_dataset(dataset, experiment.data_hash())
     lower = settings.tolerance or _LOWER_TOLERANCE
     found = costs(network, schema, valid=valid, limit_rows=settings.cost_rows, tolerance=lower)
+    if tell:
+        tell(found)
     precision = accepted(found, wanted, budget=settings)
     transform = Transform.load(run / "transform")
     with new_folder(out, marker=MARKER) as folder:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from etl.sources import read_rows
 from etl.transform import Transform
 from recsys.experiment import Export
 from recsys.network import Network
+from tests.deploy.conftest import ROOT
 
 
 def test_the_manifest_names_every_file_and_figure(exported: Path, run_folder: Path) -> None:
@@ -133,6 +136,23 @@ def test_a_lower_precision_needs_validation_rows(run_folder: Path, tmp_path: Pat
         "no dataset folder: costs of precisions are not known, nor is the drift of values when it serves"
     ]
     assert json.loads((tmp_path / "other" / "reference.json").read_text())["numbers"] == {}
+
+
+def test_an_export_beyond_its_budget_shows_the_costs_and_writes_nothing(run_folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    experiment = json.loads((run / "experiment.json").read_text())
+    experiment["export"] |= {"auc_budget": 1.0, "ne_budget": 0.0}
+    (run / "experiment.json").write_text(json.dumps(experiment))
+    line = [sys.executable, "-m", "deploy", "export", run, "--out", tmp_path / "bundle", "--tables", "int8"]
+    line += ["--data", run_folder.parent / "data", "--compile", "off"]
+    done = subprocess.run([*map(str, line)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "raise export.ne_budget knowingly" in done.stderr
+    assert "Traceback" not in done.stderr
+    heading, *figures = done.stdout.splitlines()
+    assert heading.split()[:5] == ["tables", "dense", "MB", "AUC", "NE"]
+    assert [tuple(each.split()[:2]) for each in figures[:-1]] == [precision[:2] for precision in PRECISIONS]
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

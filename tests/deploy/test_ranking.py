@@ -21,6 +21,7 @@ from etl.lookup import write_slots
 from etl.pack import pack
 from etl.transform import MISSING_NUMBER, Packed, Signature, crossed
 from tests.deploy.conftest import raw_lists
+from tests.deploy.test_publish import reseal
 
 Seen = list[tuple[list[str], int]]
 
@@ -142,6 +143,28 @@ def test_a_bad_value_is_its_own_requests_fault(
     assert message in str(results[place])
     for at in {0, 1, 2} - {place}:
         np.testing.assert_allclose(results[at].score, alone[at].score, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("table", "known", "row"), [("site", ["a", "z", "z"], 0), ("item", [99, 7, 99], 1)], ids=["user", "candidate"]
+)
+def test_an_id_beyond_its_table_is_a_fault_of_its_request(
+    bundle: Path, table: str, known: list[object], row: int
+) -> None:
+    """A vocabulary and a schema that disagree; the merged matrix would answer with the next table's row."""
+    schema = json.loads((bundle / "schema.json").read_text())
+    for each in schema["tables"]:
+        each["rows"] = 1 if each["name"] == table else each["rows"]
+    (bundle / "schema.json").write_text(json.dumps(schema))
+    reseal(bundle)
+    case, rows = Case(bundle), tiny_rows(3, seed=1)
+    unseen = rows.set_column(0, "site", pa.array(["z"] * 3)).set_column(2, "item", pa.array([99] * 3))
+    seen = unseen.set_column(unseen.column_names.index(table), table, pa.array(known))
+    sound, fault, other = case.ranking.score([case.request(each)[0] for each in (unseen, seen, unseen)])
+    assert isinstance(sound, Ranked)
+    assert isinstance(other, Ranked)
+    assert str(fault).startswith(f"feature '{table}' has id ")
+    assert str(fault).endswith(f" at row {row}, its table has 1 rows")
 
 
 def test_shapes_that_are_no_ranking_request(tiny: Case) -> None:

@@ -212,6 +212,27 @@ def test_a_tenth_of_bad_requests_fails_alone_and_by_name(
     assert sum(refused.values()) == count // 10
 
 
+@pytest.mark.triton
+def test_rankings_of_any_size_are_scored_together(lists_served: Served, good: tuple[list[Good], list[Good]]) -> None:
+    """One to forty candidates, histories and bags of any length: what has queued up is one batch of Triton's."""
+    server, free = triton_grpc.InferenceServerClient(lists_served.url), threading.Semaphore(40)
+    before, rounds = batches(lists_served), 20
+    for _ in range(rounds):
+        sent = [(send(server, each.arrays, free=free), each) for each in good[1]]
+        for future, each in sent:
+            got = future.result(WAIT_S).as_numpy("rank_score")
+            np.testing.assert_allclose(got.reshape(-1, 1), each.score, rtol=0, atol=1e-6)
+    server.close()
+    assert rounds < batches(lists_served) - before < rounds * 40
+
+
+def batches(served: Served) -> float:
+    """That the model has executed, by Triton's own count."""
+    with urllib.request.urlopen(f"http://{served.metrics}/metrics", timeout=WAIT_S) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("nv_inference_exec_count{"))
+
+
 def metrics(served: Served) -> dict[str, float]:
     """Series -> value, of ours."""
     with urllib.request.urlopen(f"http://{served.metrics}/metrics", timeout=WAIT_S) as answer:
