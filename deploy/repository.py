@@ -70,7 +70,7 @@ class Repository:
         """The bundle as a model of its own, `ranker-candidate`, under the number it would have; gone afterwards."""
         self.discard_candidate()
         number = max(self.versions(), default=0) + 1
-        copy_bundle(bundle_dir, self._candidate / str(number), bundle=bundle)
+        self.copy_bundle(bundle_dir, self._candidate / str(number), bundle=bundle)
         config = model_config(bundle, bundle_hash=sha256(bundle_dir / MARKER), instances=1, version=number)
         config.name = CANDIDATE
         write_text(self._candidate / _CONFIG, config_text(config))
@@ -82,6 +82,26 @@ class Repository:
     def discard_candidate(self) -> None:
         """Also what a killed publisher left."""
         shutil.rmtree(self._candidate, ignore_errors=True)
+
+    def copy_bundle(self, bundle_dir: Path, target: Path, *, bundle: Bundle) -> None:
+        """The bundle's files at `target`, whole or not at all.
+
+        Large ones are hard links where the file system has them: to the file of a version that has the same, so that
+        all versions map one, else to the bundle's.
+        """
+        held = self._large_files()
+        with new_folder(target, marker=MARKER) as folder:
+            for name, wanted in bundle.files.items():
+                same = held.get(wanted)
+                _link(same if same and sha256(same) == wanted else bundle_dir / name, folder / name)
+            _link(bundle_dir / MARKER, folder / MARKER)
+
+    def _large_files(self) -> dict[str, Path]:
+        """Hash -> file, of all versions."""
+        folders = [folder for at in self.versions() if (folder := self.version(at)).joinpath(MARKER).is_file()]
+        told = {folder: read_json(folder / MARKER, remedy="remove the folder") for folder in folders}
+        files = {wanted: folder / name for folder, each in told.items() for name, wanted in each["files"].items()}
+        return {wanted: path for wanted, path in files.items() if path.is_file() and _is_large(path)}
 
     def adopt(self, number: int) -> None:
         """The candidate's folder becomes a version, by one rename; it is not served yet."""
@@ -126,7 +146,7 @@ def make_repository(bundle_dir: Path, out: Path, *, instances: int | None = None
         number = repository.holds(sha256(bundle_dir / MARKER))
         if number is None:
             number = max(repository.versions(), default=0) + 1
-            copy_bundle(bundle_dir, repository.version(number), bundle=bundle)
+            repository.copy_bundle(bundle_dir, repository.version(number), bundle=bundle)
         repository.serve(number, instances=instances or bundle.serve.instances)
     return bundle
 
@@ -154,13 +174,6 @@ def locked(folder: Path) -> Iterator[Repository]:
                 (made / MODEL).mkdir()
                 write_json(made / REPOSITORY, {"model": MODEL, "layout": _LAYOUT})
         yield Repository(folder)
-
-
-def copy_bundle(bundle_dir: Path, target: Path, *, bundle: Bundle) -> None:
-    """The bundle's files at `target`, large ones as hard links where the file system has them; whole or not at all."""
-    with new_folder(target, marker=MARKER) as folder:
-        for name in (*bundle.files, MARKER):
-            _link(bundle_dir / name, folder / name)
 
 
 def model_config(bundle: Bundle, *, bundle_hash: str, instances: int, version: int) -> pb.ModelConfig:
@@ -240,10 +253,14 @@ def config_text(config: pb.ModelConfig) -> str:
     return text
 
 
+def _is_large(path: Path) -> bool:
+    return path.stat().st_size >= _LINKED_BYTES
+
+
 def _link(source: Path, target: Path) -> None:
     """A copy does not change with its source: what is small gets one."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.stat().st_size >= _LINKED_BYTES:
+    if _is_large(source):
         with suppress(OSError):
             os.link(source, target)
             return

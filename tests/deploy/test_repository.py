@@ -1,6 +1,7 @@
 """Bundle -> repository: the config says what the bundle says, and a changed bundle is not served."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from deploy.bundle import MODEL, read_bundle
 from deploy.repository import Repository, config_text, locked, make_repository, model_config
 from etl.faults import Fault, Faults
 from etl.transform import Signature
+from tests.deploy.test_publish import reseal
 
 
 def test_the_config_says_what_the_bundle_says(bundle: Path, tmp_path: Path) -> None:
@@ -108,6 +110,28 @@ def test_the_same_bundle_stays_the_version_it_is_and_another_becomes_the_next(bu
     assert config.instance_group[0].count == 1
     assert read_bundle(repository.version(1)).name == "tiny"
     assert read_bundle(repository.version(2)).name == "another"
+
+
+def test_versions_share_the_large_files_that_did_not_change(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and vocabularies that two bundles hold alike are one file, which all instances of both map."""
+    monkeypatch.setattr("deploy.repository._LINKED_BYTES", 1)
+    folder, again = tmp_path / "repository", shutil.copytree(bundle, tmp_path / "again")
+    make_repository(bundle, folder)
+    (again / "experiment.json").write_text("{}")
+    reseal(again)
+    make_repository(again, folder)
+    repository = Repository(folder)
+    one, two = repository.version(1), repository.version(2)
+    names = set(read_bundle(two).files)
+    assert {name for name in names if not (one / name).samefile(two / name)} == {"experiment.json"}
+    (one / "weights.safetensors").write_bytes(b"broken, and so in the second")
+    third = shutil.copytree(again, tmp_path / "third")
+    (third / "experiment.json").write_text("{ }")
+    reseal(third)
+    make_repository(third, folder)
+    assert not (one / "weights.safetensors").samefile(repository.version(3) / "weights.safetensors")
 
 
 def test_what_a_killed_publisher_left_is_neither_served_nor_kept(bundle: Path, tmp_path: Path) -> None:
