@@ -22,6 +22,7 @@ from deploy.offline import Scores, offline_scores
 from deploy.precision import accepted, costs
 from deploy.program import Precision, Shape, save_program, served_network
 from deploy.reference import write_reference
+from deploy.wire import narrow
 from etl.artifact import new_folder, read_json, write_json
 from etl.experiment_file import parse
 from etl.faults import Fault
@@ -32,6 +33,7 @@ from etl.spec import expanded
 from etl.transform import Packed, Transform
 from recsys.data import open_dataset
 from recsys.experiment import Experiment, Export
+from recsys.network import Network
 from recsys.predict import load_network
 
 _TOLERANCE, _LOWER_TOLERANCE = 1e-6, 1e-3
@@ -59,38 +61,35 @@ def export(
     `overrides` are settings that replace those of `[export]`. `tell` gets the costs before one of them may be refused.
 
     Raises:
-        Fault: the run has no result, its raw test files are gone, the dataset folder is another experiment's, a golden
-            row's score differs by more than the tolerance in `[export]`, or a lower precision moves AUC or NE of the
-            validation rows beyond the budget.
+        Fault: the run has no result, its raw test files are gone or hold numbers that the client would not send, the
+            dataset folder is another experiment's, a golden row's score differs by more than the tolerance in
+            `[export]`, or a lower precision moves AUC or NE of the validation rows beyond the budget.
         Faults: overrides that are no settings.
     """
     result = read_json(run / "result.json", remedy="finish the training: python -m recsys train EXP.toml")
     experiment, schema, network = load_network(run)
-    changed = experiment.export.model_dump() | dict(overrides or {})
-    settings = parse(changed, place="[export]", into=Export)
+    settings = parse(experiment.export.model_dump() | dict(overrides or {}), place="[export]", into=Export)
     experiment = experiment.model_copy(update={"export": settings})
     wanted, level = Precision(settings.tables, settings.dense), level_of(settings.compile)
     dataset = data or run.parent / "data"
-    valid = dataset / "valid"
-    if valid.is_dir():
-        open_dataset(dataset, experiment.data_hash())
     lower = settings.tolerance or _LOWER_TOLERANCE
-    found = costs(network, schema, valid=valid, limit_rows=settings.cost_rows, tolerance=lower)
+    found = _costs(network, schema, experiment=experiment, dataset=dataset, tolerance=lower)
     if tell:
         tell(found)
     precision = accepted(found, wanted, budget=settings)
     transform = Transform.load(run / "transform")
+    rows = golden_rows(experiment, transform)
+    packed = _packed(rows, transform.signature, numbers=experiment.serve.numbers)
     with new_folder(out, marker=MARKER) as folder:
         _copy_parts(run, folder)
         write_reference(run, folder, schema=schema, dataset=dataset)
         shape = Shape(experiment.serve.max_batch_size, slots=len(schema.slot_names), floats=len(schema.float_names))
         split = _split(schema, transform, user=expanded(experiment.serve.user))
         save_program(served_network(network, precision, split=split), folder, shape=shape, level=level)
-        rows = golden_rows(experiment, transform)
         offline = offline_scores(network, transform, table=rows)
         _write_golden(folder / "golden", rows, offline=offline, tasks=schema.task_names)
         tolerance = lower if settings.tolerance or wanted != Precision() else _TOLERANCE
-        check = _Golden(pack(rows, transform.signature), offline, tolerance)
+        check = _Golden(packed, offline, tolerance)
         for native in (False, True) if level else (False,):
             _check(folder, check, serve=_serve_defaults(experiment), native=native)
         about = _About(precision, level, tolerance, found)
@@ -100,12 +99,33 @@ def export(
     return bundle
 
 
+def _costs(
+    network: Network, schema: Schema, *, experiment: Experiment, dataset: Path, tolerance: float
+) -> tuple[Cost, ...]:
+    valid = dataset / "valid"
+    if valid.is_dir():
+        open_dataset(dataset, experiment.data_hash())
+    return costs(network, schema, valid=valid, limit_rows=experiment.export.cost_rows, tolerance=tolerance)
+
+
 def golden_rows(experiment: Experiment, transform: Transform) -> pa.Table:
     """The first raw test rows, and rows of missing, unseen and extreme values."""
     test = read_raw_split(experiment, "test").slice(0, experiment.export.golden_rows)
     columns = transform.signature.columns
     edges = {name: pa.array(_EDGES[dtype], arrow_type(dtype)) for name, dtype in columns.items()}
     return pa.concat_tables([test, pa.table(edges).cast(test.schema)]).combine_chunks()
+
+
+def _packed(rows: pa.Table, signature: etl.transform.Signature, *, numbers: str) -> Packed:
+    """The rows as they travel. Raises Fault where the client would refuse them as numbers of 32 bits."""
+    packed = pack(rows, signature)
+    if numbers == "fp32":
+        try:
+            narrow(packed.numbers, signature)
+        except ValueError as error:
+            wanted, remedy = "test rows that float32 holds exactly", 'set it to "fp64", or round the raw column'
+            raise Fault('serve.numbers = "fp32"', got=str(error), wanted=wanted, remedy=remedy) from None
+    return packed
 
 
 def _copy_parts(run: Path, folder: Path) -> None:

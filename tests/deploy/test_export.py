@@ -138,6 +138,18 @@ def test_a_lower_precision_needs_validation_rows(run_folder: Path, tmp_path: Pat
     assert json.loads((tmp_path / "other" / "reference.json").read_text())["numbers"] == {}
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_numbers_of_32_bits_need_raw_rows_that_hold_them(run_folder: Path, tmp_path: Path) -> None:
+    """What the client would refuse to send is not exported: it could never be tried on its golden rows."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    experiment = json.loads((run / "experiment.json").read_text())
+    experiment["serve"]["numbers"] = "fp32"
+    (run / "experiment.json").write_text(json.dumps(experiment))
+    with pytest.raises(Fault, match=r"serve\.numbers.*column 'price' holds .* which is no float32"):
+        exporting.export(run, tmp_path / "bundle", overrides={"compile": "off"})
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_an_export_beyond_its_budget_shows_the_costs_and_writes_nothing(run_folder: Path, tmp_path: Path) -> None:
     run = shutil.copytree(run_folder, tmp_path / "run")
     experiment = json.loads((run / "experiment.json").read_text())

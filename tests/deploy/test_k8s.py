@@ -1,8 +1,10 @@
 """The image and the manifests: their schema, the flags that Triton knows, and what must not be lost from them."""
 
+import ast
 import json
 import re
 import subprocess
+import sys
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,37 @@ def test_every_flag_is_one_that_triton_knows() -> None:
     used = set(re.findall(r"(?<![\w-])(--[a-z-]+)=", text))
     assert "--grpc-restricted-protocol" in used
     assert used <= known, used - known
+
+
+def test_the_image_has_what_a_bundle_imports(exported: Path) -> None:
+    """The backend itself brings `triton_python_backend_utils`; torch is the release that compiles native code here."""
+    found: set[str] = set()
+    for path in exported.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found |= {name.partition(".")[0] for name in names}
+    found -= {*sys.stdlib_module_names, "triton_python_backend_utils"}
+    installed = " ".join(re.findall(r"pip install [^\n]*", (FOLDER / "Dockerfile").read_text()))
+    assert found == {"numpy", "pyarrow", "safetensors", "torch"}
+    assert all(re.search(rf"\b{name}\b", installed) for name in found), installed
+    (release,) = re.findall(r"ARG TORCH=(\S+)", (FOLDER / "Dockerfile").read_text())
+    assert f"torch=={release}" in (FOLDER.parents[1] / "requirements" / "torch.txt").read_text().splitlines()
+
+
+def test_every_instruction_of_the_dockerfile_is_one() -> None:
+    """Joined lines begin with an instruction; a base image or a package of any version would change by itself."""
+    text = re.sub(r"^\s*#.*\n", "", (FOLDER / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    assert {word for word, _ in lines} <= {"ARG", "FROM", "RUN", "USER", "ENV", "EXPOSE", "STOPSIGNAL", "ENTRYPOINT"}
+    assert [word for word, _ in lines[:2]] == ["ARG", "FROM"]
+    assert [word for word, _ in lines].count("ENTRYPOINT") == 1
+    declared = {rest.partition("=")[0] for word, rest in lines if word == "ARG"}
+    used = {name for word, rest in lines if word in ("FROM", "RUN") for name in re.findall(r"\$\{(\w+)\}", rest)}
+    assert used == declared, "a name that is not declared is empty"
+    scripts = [rest for word, rest in lines if word == "RUN"] + [entrypoint()]
+    for script in scripts:
+        subprocess.run(["sh", "-n", "-c", script], check=True)
 
 
 def test_the_image_runs_as_nobody_and_holds_no_key() -> None:

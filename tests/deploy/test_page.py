@@ -82,6 +82,6 @@ def test_the_page_names_every_metric_and_setting() -> None:
         name.replace("rankforge_score_count", "_count").replace("rankforge_score_sum", "_sum") for name in COUNTERS
     }
     assert [name for name in (short | set(GAUGES)) if f"`{name}`" not in PAGE] == []
-    own = {"user", "max_candidates", "max_batch_size", "psi_alarm"}
+    own = {"user", "max_candidates", "numbers", "max_batch_size", "psi_alarm"}
     assert own <= set(Serve.model_fields)
     assert [name for name in own if f"| `{name}` |" not in PAGE] == []
