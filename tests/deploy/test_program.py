@@ -164,8 +164,14 @@ def test_native_code_scores_as_the_network_does(kind: str, tmp_path: Path) -> No
 
 @NATIVE
 @pytest.mark.long
-@pytest.mark.parametrize("kind", NATIVE_KINDS)
-@pytest.mark.parametrize("precision", [Precision("fp16", "fp32"), Precision("int8", "bf16")], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *((kind, Precision("fp16", "fp32")) for kind in NATIVE_KINDS),
+        *((kind, Precision("int8", "bf16")) for kind in MODELS),
+    ],
+    ids=str,
+)
 def test_native_code_of_lower_precisions(kind: str, precision: Precision, tmp_path: Path) -> None:
     schema = rich_schema(dense=2)
     network = network_of(config_of(kind), schema, std=0.05)
