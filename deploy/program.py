@@ -14,6 +14,7 @@ from deploy.lookup import Matrices, Matrix, Reader, Split, Tables, User
 from deploy.native import compile_program
 from deploy.served_program import FILES
 from etl.artifact import write_json
+from recsys.layout import Layout
 from recsys.models.head import Head
 from recsys.network import Network
 
@@ -85,7 +86,7 @@ def served_network(network: Network, precision: Precision = FULL, *, split: Spli
     names = [table for _, table in layout.slots]
     dim = layout.sizes.dim
     used = dim + (1 if layout.linear else 0)  # the rest is padding
-    rows = {name: tables[name][:, :used] for name in names[: layout.vectors]}
+    rows = {name: _filled_up(tables[name], layout, table=name)[:, :used] for name in names[: layout.vectors]}
     weights = {name: tables[name][:, :1] for name in names[layout.vectors :]}
     stored = precision.tables
     matrices = Matrices(
@@ -94,6 +95,14 @@ def served_network(network: Network, precision: Precision = FULL, *, split: Spli
     )
     served = ServedNetwork(network.head, Reader(layout, matrices, split=split))
     return served if precision.dense == "fp32" else with_bf16(served, keep=precision.keep)
+
+
+def _filled_up(rows_RW: Tensor, layout: Layout, *, table: str) -> Tensor:
+    """Rows whose vector is as long as the model's, by zeros."""
+    if (dim := layout.dims.get(table)) is None:
+        return rows_RW
+    zeros_RK = rows_RW.new_zeros(len(rows_RW), layout.sizes.dim - dim)
+    return torch.cat([rows_RW[:, :dim], zeros_RK, rows_RW[:, dim:]], dim=1)
 
 
 def with_bf16(served: ServedNetwork, *, keep: Collection[str]) -> ServedNetwork:

@@ -100,8 +100,8 @@ def added_rows(manifest: Json) -> list[str]:
 
 
 def _sections(spec: FeatureSpec) -> Json:
-    """What has to stay as it is, by section and name; a task's weight is no matter of the ETL."""
-    features = {str(f.name): f.model_dump(mode="json", by_alias=True) for f in resolve(spec.features)}
+    """What has to stay as it is, by section and name; a task's weight and a vector's size are no matter of the ETL."""
+    features = {str(f.name): f.model_dump(mode="json", by_alias=True, exclude={"dim"}) for f in resolve(spec.features)}
     tasks = {task.name: task.model_dump(mode="json", exclude={"weight"}) for task in spec.tasks}
     return {"features": features, "tasks": tasks}
 

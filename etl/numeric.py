@@ -53,8 +53,8 @@ class Numeric(IdSection):
             raise ValueError("as = 'buckets' needs either 'boundaries' or 'quantiles'")
         if self.as_ != "buckets" and (self.boundaries or self.quantiles):
             raise ValueError("'boundaries' and 'quantiles' belong to as = 'buckets'")
-        if self.as_ == "dense" and self.linear_only:
-            raise ValueError("'linear_only' belongs to as = 'buckets' and as = 'field'")
+        if self.as_ == "dense" and (self.linear_only or self.dim):
+            raise ValueError("'linear_only' and 'dim' belong to as = 'buckets' and as = 'field'")
         if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
             raise ValueError("'boundaries' must ascend")
         if self.clip and self.clip[0] >= self.clip[1]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 _NAME = r"^[A-Za-z][A-Za-z0-9_]*$"
 _LONGEST = 64
@@ -24,6 +24,15 @@ class IdSection(Section):
     """What every feature that reads an embedding row shares."""
 
     linear_only: bool = Field(False, description="a first-order weight alone, no embedding vector")
+    dim: int | None = Field(
+        None, ge=4, multiple_of=4, description="floats of a vector that are learnt, the others stay 0; all unless set"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_vector(self) -> "IdSection":
+        if self.linear_only and self.dim:
+            raise ValueError("'dim' is the size of a vector, which 'linear_only' leaves out: drop one of them")
+        return self
 
 
 def expanded(columns: Sequence[str]) -> list[str]:

@@ -34,7 +34,7 @@ class _Looked(IdSection):
     @property
     def rules(self) -> tuple[object, ...]:
         """What features that share a table have to agree on."""
-        return self.dtype, self.min_count, self.max_rows, self.hash_rows, self.linear_only
+        return self.dtype, self.min_count, self.max_rows, self.hash_rows, self.linear_only, self.dim
 
 
 class Categorical(_Looked):
@@ -162,7 +162,10 @@ class FeatureSpec(Section):
 
     def data_hash(self) -> str:
         """What a dataset folder is made from: the hash of the sections that the ETL reads."""
-        return digest(self.model_dump(mode="json", by_alias=True, include=set(FeatureSpec.model_fields)))
+        sections = self.model_dump(mode="json", by_alias=True, include=set(FeatureSpec.model_fields))
+        for feature in sections["features"]:
+            feature.pop("dim", None)  # training's alone
+        return digest(sections)
 
     def raw_columns(self) -> dict[str, DType]:
         """Raw feature columns, as a request holds them, with the type in which they are read, by first use."""
@@ -234,7 +237,7 @@ class FeatureSpec(Section):
         for table, users in tables.items():
             if len({user.rules for user in users}) > 1:
                 names = ", ".join(str(user.name) for user in users)
-                keys = "dtype, min_count, max_rows, hash_rows and linear_only"
+                keys = "dtype, min_count, max_rows, hash_rows, linear_only and dim"
                 raise ValueError(f"features {names} share the table '{table}' and have to agree on {keys}")
         others = [str(f.name) for f in resolve(self.features) if isinstance(f, Cross | Numeric)]
         if taken := sorted(set(tables) & set(others)):
@@ -268,6 +271,16 @@ def resolve(features: list[Feature]) -> Iterator[Resolved]:
             yield feature.model_copy(update={"name": name, "column": feature.column or name})
         else:
             raise ValueError(f"features.{index}: needs 'name', 'column' or 'columns'")
+
+
+def dims_of(features: list[Feature]) -> dict[str, int]:
+    """Floats of a vector that are learnt, by table, of the features that say it."""
+    found: dict[str, int] = {}
+    for feature in resolve(features):
+        if not isinstance(feature, Target | Count) and feature.dim:
+            shared = isinstance(feature, Categorical | Bag | Sequence) and feature.table
+            found[shared or str(feature.name)] = feature.dim
+    return found
 
 
 def column_of(feature: Categorical | Bag | Sequence | Numeric) -> str:

@@ -18,6 +18,7 @@ from etl.spec import (
     Sequence,
     Target,
     column_of,
+    dims_of,
     expanded,
     resolve,
 )
@@ -188,6 +189,8 @@ class Experiment(FeatureSpec):
         )
         if faults := self.model.faults(sizes):
             raise ValueError(f"model '{self.model.kind}': {'; '.join(faults)}")
+        if wrong := {name: dim for name, dim in dims_of(self.features).items() if dim > self.embedding.dim}:
+            raise ValueError(f"tables with a dim above embedding.dim, {self.embedding.dim}: {wrong}; raise that one")
         tables = dict.fromkeys(str(getattr(f, "table", None) or f.name) for f in ids)
         embedding, device = self.embedding, self.train.device
         if faults := placement_faults(embedding, tables, device=device, rowwise=embedding.rowwise):

@@ -2,11 +2,12 @@
 
 All of a feature sits in one table row: [vector K | first-order weight | 3 unused zeros], so that one memory access
 reads both and the width stays divisible by 4, as FBGEMM needs. A row without vector is [weight | 3 zeros], one without
-first-order weight is the vector. A bag or a sequence of at most L ids is looked up as L slots of one id or none each,
-so that one kind of lookup serves pooled fields, pairs within a bag and attention over a history.
+first-order weight is the vector. A table may store fewer than K floats, which zeros follow here. A bag or a sequence
+of at most L ids is looked up as L slots of one id or none each, so that one kind of lookup serves pooled fields, pairs
+within a bag and attention over a history.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,10 +107,15 @@ class Layout:
     weights: tuple[Run, ...]
     sizes: Sizes
     linear: bool
+    dims: Mapping[str, int]
+    """Of tables whose vectors are smaller than the model's, and end with zeros in it."""
 
     @classmethod
-    def of(cls, schema: Schema, config: ModelConfig, *, dim: int) -> "Layout":
-        """A model without vectors reads all features as `linear_only`; one without first-order weights skips those."""
+    def of(cls, schema: Schema, config: ModelConfig, *, dim: int, dims: Mapping[str, int] | None = None) -> "Layout":
+        """A model without vectors reads all features as `linear_only`; one without first-order weights skips those.
+
+        `dim` is the size of a vector, `dims` of those of single tables that are smaller.
+        """
         with_vector = [f for f in schema.features if config.vectors and not f.linear_only]
         unpooled = [f for f in with_vector if config.unpooled and f.type == "sequence"]
         full = [f for f in with_vector if f not in unpooled]
@@ -119,8 +125,10 @@ class Layout:
         fields = tuple(feature.name for feature in full)
         sequences = tuple((feature.name, feature.slots) for feature in unpooled)
         sizes = Sizes(fields, dim, len(schema.dense), tuple(schema.task_names), sequences)
+        slots, vectors = places.slots, sum(feature.slots for feature in with_vector)
+        smaller = {table: own for _, table in slots[:vectors] if (own := (dims or {}).get(table, dim)) < dim}
         return cls(
-            tuple(places.slots), tuple(places.columns), full_runs, unpooled_runs, weight_runs, sizes, config.linear
+            tuple(slots), tuple(places.columns), full_runs, unpooled_runs, weight_runs, sizes, config.linear, smaller
         )
 
     @property
@@ -140,7 +148,13 @@ class Layout:
 
     def widths(self) -> dict[str, int]:
         """Floats of one row of each table."""
-        return {table: self.width if at < self.vectors else LANE for at, (_, table) in enumerate(self.slots)}
+        widths = {table: self.width if at < self.vectors else LANE for at, (_, table) in enumerate(self.slots)}
+        return widths | {table: self.width - self.sizes.dim + dim for table, dim in self.dims.items()}
+
+    def vector_sizes(self) -> dict[str, int]:
+        """How many columns of each table's rows are a vector; the others are a first-order weight."""
+        sizes = {table: self.sizes.dim if at < self.vectors else 0 for at, (_, table) in enumerate(self.slots)}
+        return sizes | dict(self.dims)
 
     def inputs(self, rows_BSW: Tensor, weights_BS: Tensor, *, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
         """Rows of the slots with a vector and weights of the others, in this layout's order, to what a head reads."""

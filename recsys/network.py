@@ -10,6 +10,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from etl.artifact import seed_of
 from etl.schema import Schema
+from etl.spec import dims_of
 from recsys.experiment import Embedding, Experiment
 from recsys.layout import LANE, Layout
 from recsys.models.head import Head, Inputs
@@ -89,8 +90,8 @@ class Network(nn.Module):
         return KeyedJaggedTensor(self._names, ids_SB[filled_SB], lengths=filled_SB.reshape(-1).to(torch.int32))
 
     def _in_order(self, pooled: KeyedTensor) -> Tensor:
-        """A sharded lookup answers in the order of its plan."""
-        if pooled.keys() == self._names:
+        """A sharded lookup answers in the order of its plan, and small vectors without the zeros that follow them."""
+        if pooled.keys() == self._names and not self.layout.dims:
             values_BD: Tensor = pooled.values()
             return values_BD
         return torch.as_tensor(_InOrder.apply(pooled.values(), self._order_of(pooled)))  # type: ignore[no-untyped-call]
@@ -99,17 +100,23 @@ class Network(nn.Module):
         """Where each piece of an answer's row belongs, and the way back; answers of one plan are alike."""
         if self._order is None:
             widths = dict(zip(pooled.keys(), pooled.length_per_key(), strict=True))
-            size, end, starts = gcd(*widths.values()), 0, {}
+            size, end, starts = gcd(*widths.values()) if not self.layout.dims else LANE, 0, {}
             for name, width in widths.items():
                 starts[name], end = end, end + width
-            pieces = [at for name in self._names for at in range(starts[name], starts[name] + widths[name], size)]
-            order_P = torch.tensor(pieces, device=self.columns.device) // size
-            self._order = order_P, order_P.argsort()
+            order = []
+            for name, table in self.layout.slots:
+                order += [at // size for at in range(starts[name], starts[name] + widths[name], size)]
+                if dim := self.layout.dims.get(table):
+                    vector_end = len(order) - (widths[name] - dim) // size
+                    order[vector_end:vector_end] = [end // size] * ((self.layout.sizes.dim - dim) // size)
+            order_P = torch.tensor(order, device=self.columns.device)
+            self._order = order_P, order_P.argsort()[: end // size]
         return self._order
 
 
 class _InOrder(Function):
-    """Equal pieces of each row [B, D] in another order, and their gradients in the old one.
+    """Equal pieces of each row [B, D] in another order, and their gradients in the old one; the piece after the last
+    one is zeros, which come as often as the order has them.
 
     torchrec's `regroup` does the same by a concatenation of slices, in several times the time on CPU.
     """
@@ -117,20 +124,29 @@ class _InOrder(Function):
     @staticmethod
     def forward(ctx: Any, values_BD: Tensor, order: tuple[Tensor, Tensor]) -> Tensor:
         order_P, ctx.back_P = order
-        return _picked(values_BD, order_P)
+        ctx.pieces, held = len(order_P), len(ctx.back_P)
+        if ctx.pieces == held:
+            return _picked(values_BD, order_P, pieces=held)
+        zeros_BP = values_BD.new_zeros(len(values_BD), values_BD.shape[1] // held)
+        return _picked(torch.cat([values_BD, zeros_BP], dim=1), order_P, pieces=held + 1)
 
     @staticmethod
     def backward(ctx: Any, gradient_BD: Tensor) -> tuple[Tensor, None]:
-        return _picked(gradient_BD, ctx.back_P), None
+        return _picked(gradient_BD, ctx.back_P, pieces=ctx.pieces), None
 
 
-def _picked(values_BD: Tensor, order_P: Tensor) -> Tensor:
-    return values_BD.reshape(len(values_BD), len(order_P), -1).index_select(1, order_P).flatten(1)
+def _picked(values_BD: Tensor, order_P: Tensor, *, pieces: int) -> Tensor:
+    return values_BD.reshape(len(values_BD), pieces, -1).index_select(1, order_P).flatten(1)
+
+
+def layout_of(experiment: Experiment, schema: Schema) -> Layout:
+    """What the experiment's model reads."""
+    return Layout.of(schema, experiment.model, dim=experiment.embedding.dim, dims=dims_of(experiment.features))
 
 
 def build_network(experiment: Experiment, schema: Schema, *, table_device: str) -> Network:
     """The network with its head initialised from the seed; rows of tables on "meta" are to be filled by `init_rows`."""
-    layout = Layout.of(schema, experiment.model, dim=experiment.embedding.dim)
+    layout = layout_of(experiment, schema)
     head = experiment.model.build(layout.sizes)
     init_head(head, torch.Generator().manual_seed(experiment.seed))
     tables = tables_of(layout, schema, device=table_device)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from etl.artifact import read_json
 from etl.faults import Fault, Faults
 from etl.schema import Schema, read_schema
+from etl.spec import Feature, dims_of
 from recsys.experiment import Embedding
 from recsys.layout import Layout
 from recsys.models import AnyModel
@@ -35,8 +36,14 @@ class ExperimentFacts(BaseModel):
     """What the page says of the experiment; the rest is shown as it was written."""
 
     name: str
+    features: list[Feature] = []
     model: AnyModel
     embedding: Embedding
+
+    @property
+    def dims(self) -> tuple[int, dict[str, int]]:
+        """Of a vector, and of those of single tables."""
+        return self.embedding.dim, dims_of(self.features)
 
 
 class Result(BaseModel):
@@ -88,7 +95,8 @@ class Run:
 
     def table_sizes(self) -> list[TableSize]:
         """The tables that the model holds, by falling size."""
-        widths = Layout.of(self.schema, self.experiment.model, dim=self.experiment.embedding.dim).widths()
+        dim, dims = self.experiment.dims
+        widths = Layout.of(self.schema, self.experiment.model, dim=dim, dims=dims).widths()
         sizes = [TableSize(n, self.schema.rows(n), width, self.uses.get(n)) for n, width in widths.items()]
         return sorted(sizes, key=lambda size: (-size.megabytes, size.name))
 

@@ -19,6 +19,7 @@ from recsys.checkpoint import best, latest, read_progress, refuse_damaged
 from recsys.experiment import Experiment, read_experiment
 from recsys.layout import Layout
 from recsys.learner import Learner
+from recsys.network import layout_of
 from recsys.parallel.state import restore_parts, sizes_here, sizes_of
 from recsys.parallel.world import barrier
 
@@ -38,7 +39,7 @@ class Source:
     @property
     def layout(self) -> Layout:
         """Of its tables' rows."""
-        return Layout.of(self.schema, self.experiment.model, dim=self.experiment.embedding.dim)
+        return layout_of(self.experiment, self.schema)
 
 
 def start_from(learner: Learner, experiment: Experiment, *, schema: Schema, run: Path) -> int:
@@ -85,7 +86,7 @@ def read_source(experiment: Experiment, schema: Schema) -> Source:
         remedy = "name the folder of a finished run, or finish that one by its own command"
         raise Fault(place, got=f"{run}: no finished run", wanted="one that 'recsys train' finished", remedy=remedy)
     source = Source(run, best(run), read_experiment(run), read_schema(run))
-    there, here = source.layout, Layout.of(schema, experiment.model, dim=experiment.embedding.dim)
+    there, here = source.layout, layout_of(experiment, schema)
     other_size = there.vectors and here.vectors and there.sizes.dim != here.sizes.dim
     if other_size or (fm and not (there.vectors and there.linear)) or not shared_tables(there, here):
         got = f"{run}: model '{source.experiment.model.kind}' with embedding.dim {there.sizes.dim}"
@@ -132,9 +133,9 @@ def _rules(transform: Path, table: str) -> set[str]:
 
 
 def shared_tables(there: Layout, here: Layout) -> list[str]:
-    """Tables of both whose columns mean the same: a vector first, or a first-order weight alone."""
-    old, new = ({table: at < own.vectors for at, (_, table) in enumerate(own.slots)} for own in (there, here))
-    return [table for table, vector in new.items() if old.get(table) == vector]
+    """Tables of both whose columns mean the same: a vector of one size first, or a first-order weight alone."""
+    old, new = there.vector_sizes(), here.vector_sizes()
+    return [table for table, size in new.items() if old.get(table) == size]
 
 
 def _weights(table: str) -> str:

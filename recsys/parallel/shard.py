@@ -112,7 +112,7 @@ def shard(
     model = DistributedModelParallel(
         network, device=world.device, plan=plan, sharders=[sharder], init_data_parallel=not alone
     )
-    vectors = _vectors(network)
+    vectors = network.layout.vector_sizes()
     _fill(model, vectors, std=embedding.init_std, seed=seed)
     return _with_optimizers(model, embedding, vectors=vectors)
 
@@ -182,12 +182,6 @@ def _start_accumulators(fused: SplitTableBatchedEmbeddingBagsCodegen, embedding:
     if embedding.accumulator_start and embedding.optimizer != "sgd":
         for states in fused.split_optimizer_states():
             states[0].fill_(embedding.accumulator_start)
-
-
-def _vectors(network: Network) -> dict[str, int]:
-    """How many columns of each table's rows are a vector; the others are a first-order weight."""
-    layout = network.layout
-    return {table: layout.sizes.dim if at < layout.vectors else 0 for at, (_, table) in enumerate(layout.slots)}
 
 
 def _fill(model: nn.Module, vectors: Mapping[str, int], *, std: float, seed: int) -> None:
