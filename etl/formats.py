@@ -19,6 +19,7 @@ from etl.libsvm import libsvm_batches
 
 _BLOCK_BYTES = 4 << 20  # the reader holds up to 32 blocks that wait
 _SAMPLED_FILES = 4
+_BATCH_ROWS = 1 << 16
 
 
 def files(patterns: Sequence[str], *, what: str) -> list[Path]:
@@ -102,7 +103,8 @@ def raw_batches(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.Reco
 def _parquet(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordBatch]:
     file = pq.ParquetFile(path)
     _check_columns(file.schema_arrow.names, names)
-    yield from file.iter_batches(columns=names, use_threads=False)  # others have the cores
+    rows = _BATCH_ROWS * max(1, 16 // max(1, len(names)))  # few columns: threads wait less for each other
+    yield from file.iter_batches(rows, columns=names, use_threads=False)  # others have the cores
 
 
 def _check_columns(present: list[str], names: list[str]) -> None:
