@@ -104,7 +104,7 @@ def _parquet(data: Data, path: Path, *, names: list[str]) -> Iterator[pa.RecordB
     file = pq.ParquetFile(path)
     _check_columns(file.schema_arrow.names, names)
     rows = _BATCH_ROWS * max(1, 16 // max(1, len(names)))  # few columns: threads wait less for each other
-    yield from file.iter_batches(rows, columns=names, use_threads=False)  # others have the cores
+    yield from file.iter_batches(batch_size=rows, columns=names, use_threads=False)  # others have the cores
 
 
 def _check_columns(present: list[str], names: list[str]) -> None:

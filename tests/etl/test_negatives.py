@@ -115,7 +115,7 @@ def test_draws_depend_on_seed_and_position_alone(folder: Path, monkeypatch: pyte
     real = pq.ParquetFile.iter_batches
 
     def small(file: pq.ParquetFile, **options: Any) -> Any:
-        return real(file, **options, batch_size=7)
+        return real(file, **options | {"batch_size": 7})
 
     monkeypatch.setattr(formats.pq.ParquetFile, "iter_batches", small)
     assert staged(spec()) == one
