@@ -17,9 +17,11 @@ class FastTransform(Transform):
     def look_up(
         self, steps: Sequence[State], key_SB: Int64s, *, places: Sequence[slice], ids_SB: Int64s
     ) -> Sequence[Sequence[int]]:
-        """As it says there: a column of single values in one go."""
-        vocabulary = self.vocabularies[steps[0]["table"]] if steps[0]["kind"] == "vocabulary" else None
-        if len(key_SB) > 1 or not isinstance(vocabulary, CompiledVocabulary):
+        """As it says there: a column of single values in one go. A list of one slot is none: the slot may be empty."""
+        step, vocabulary = steps[0], None
+        if len(steps) == 1 and step["kind"] == "vocabulary" and step["column"] not in self.signature.slots:
+            vocabulary = self.vocabularies[step["table"]]
+        if not isinstance(vocabulary, CompiledVocabulary):
             return super().look_up(steps, key_SB, places=places, ids_SB=ids_SB)
         return [[count] for count in vocabulary.into(ids_SB[0], key_SB[0])]
 

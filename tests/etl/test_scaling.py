@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etl.engines import scaling
-from etl.transform import MISSING_NUMBER, as_columns, scale
+from etl.engines.compiled import CompiledVocabulary
+from etl.lookup import MISSING_KEY, NO_KEY, Vocabulary
+from etl.transform import MISSING_NUMBER, Packed, Transform, as_columns, scale
 
 NUMBERS = st.one_of(
     st.floats(allow_infinity=False),  # NaN is missing
@@ -33,3 +35,26 @@ def test_the_same_to_the_last_bit(steps: list[dict], row: list[float], kind: typ
     with np.errstate(over="ignore"):
         wanted = np.stack([scale(own, step) for own, step in zip(numbers, steps, strict=True)]).astype(kind)
     np.testing.assert_array_equal(found, wanted)
+
+
+@given(st.lists(st.sampled_from([7, 9, 5, MISSING_KEY, NO_KEY]), min_size=1), st.sampled_from([1, 3]), st.booleans())
+def test_the_same_ids_and_counts(keys: list[int], slots: int, beside: bool) -> None:
+    """Of single values beside a list, which may have one slot, and that slot no value."""
+    listed = np.stack([np.roll(np.array(keys), at) for at in range(slots)], axis=1)
+    single = np.where(listed[:, :1] == NO_KEY, 5, listed[:, :1])
+    columns = {"tags": listed} | ({"item": single} if beside else {})
+    signature = {
+        "columns": {name: "list<int64>" if name == "tags" else "int64" for name in columns},
+        "keys": list(columns),
+        "numbers": [],
+        "slots": {"tags": slots},
+        "newest": [],
+    }
+    steps = [{"name": n, "kind": "vocabulary", "table": "all", "column": n, "weights": None} for n in columns]
+    state = {"signature": signature, "features": steps, "dense": []}
+    packed = Packed(np.concatenate(list(columns.values()), axis=1), np.empty((len(keys), 0)))
+    known = np.array([7, 9]), np.array([1, 2])
+    wanted = Transform(state, {"all": Vocabulary(*known)}).apply(packed)
+    found = scaling.FastTransform(state, {"all": CompiledVocabulary(*known)}).apply(packed)
+    for name in ("ids", "missing", "unseen"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
