@@ -35,6 +35,7 @@ from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn  # noq
 from recsys.experiment import Embedding  # noqa: E402
 from recsys.layout import Layout  # noqa: E402
 from recsys.models.deepfm import DeepFMConfig  # noqa: E402
+from recsys.models.head import ModelConfig  # noqa: E402
 from recsys.models.layers import init_head  # noqa: E402
 from recsys.network import Network, init_rows, tables_of  # noqa: E402
 
@@ -99,7 +100,11 @@ def deepfm(rows: int) -> Network:
         tables=tuple(Table(name=name, rows=rows) for name in names),
         tasks=(TaskColumn(name="click", positive_rate=0.25),),
     )
-    config = DeepFMConfig(hidden=[400, 400, 400])
+    return network_of(DeepFMConfig(hidden=[400, 400, 400]), schema)
+
+
+def network_of(config: ModelConfig, schema: Schema) -> Network:
+    """A network with vectors of 16 and random weights."""
     layout = Layout.of(schema, config, dim=DIM)
     head = config.build(layout.sizes)
     init_head(head, torch.Generator().manual_seed(1))

@@ -28,21 +28,18 @@ from torch import Tensor
 warnings.simplefilter("ignore")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.serving_program import network_of  # noqa: E402
 from deploy.lookup import Columns, Split  # noqa: E402
 from deploy.native import level_of  # noqa: E402
 from deploy.program import Shape, save_program, served_network  # noqa: E402
 from deploy.served_program import load_program  # noqa: E402
 from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn  # noqa: E402
-from recsys.experiment import Embedding  # noqa: E402
-from recsys.layout import Layout  # noqa: E402
 from recsys.models.deepfm import DeepFMConfig  # noqa: E402
 from recsys.models.din import DINConfig  # noqa: E402
 from recsys.models.head import ModelConfig  # noqa: E402
 from recsys.models.histories import AttentionPair  # noqa: E402
-from recsys.models.layers import init_head  # noqa: E402
-from recsys.network import Network, init_rows, tables_of  # noqa: E402
 
-USER_IDS, ITEM_IDS, NUMBERS, USER_NUMBERS, DIM, CANDIDATES, MAX_ROWS = 16, 10, 13, 5, 16, 100, 1024
+USER_IDS, ITEM_IDS, NUMBERS, USER_NUMBERS, CANDIDATES, MAX_ROWS = 16, 10, 13, 5, 100, 1024
 LONGEST, MEAN = 50, {"history": 30, "tags": 10, "topics": 10}
 HIDDEN = [400, 400, 400]
 MODELS: dict[str, tuple[ModelConfig, list[str]]] = {
@@ -105,19 +102,6 @@ def split_of(schema: Schema, lists: list[str]) -> Split:
     ids = [[at for at, side in enumerate(of_user) if side == wanted] for wanted in (True, False)]
     floats = (list(range(USER_NUMBERS)), list(range(USER_NUMBERS, NUMBERS)))
     return Split(Columns(ids[0], floats[0]), Columns(ids[1], floats[1]))
-
-
-def network_of(config: ModelConfig, schema: Schema) -> Network:
-    """With random weights."""
-    layout = Layout.of(schema, config, dim=DIM)
-    head = config.build(layout.sizes)
-    init_head(head, torch.Generator().manual_seed(1))
-    tables = tables_of(layout, schema, device="cpu")
-    network = Network(layout, tables=tables, head=head, embedding=Embedding(dim=DIM)).eval()
-    for name, bag in network.tables.embedding_bags.items():
-        with torch.no_grad():
-            init_rows(bag.weight, table=name, first_row=0, vector=DIM, std=0.1, seed=1)
-    return network
 
 
 def batch_of(schema: Schema, split: Split, *, users: int, seed: int) -> Batch:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from etl.artifact import read_json
+from etl.artifact import Json, read_json
 from etl.faults import Fault
 from etl.histories import ROW
 
@@ -60,11 +60,9 @@ def locate(folder: Path, split: str, *, numbers: Sequence[int]) -> list[str]:
     if beyond := [number for number in numbers if not 0 <= number < rows]:
         got, wanted = f"no row {beyond[0]} of {split}", f"rows from 0 to {rows - 1}"
         raise Fault(str(manifest), got=got, wanted=wanted, remedy="count over the shards in the order of their names")
-    places = [raw_place(folder, split, number=number) for number in numbers]
-    found = [place for place in places if place is not None]
-    if len(found) < len(places):
+    if "files" not in splits[split]:
         raise Fault(str(manifest), got="no rows of the raw files", wanted="those of each split", remedy=again)
-    return found
+    return [_place(folder, split, number=number, splits=splits) for number in numbers]
 
 
 def raw_place(folder: Path, split: str, *, number: int) -> str | None:
@@ -74,8 +72,11 @@ def raw_place(folder: Path, split: str, *, number: int) -> str | None:
     """
     manifest = folder / "manifest.json"
     splits = read_json(manifest, remedy="run 'python -m etl run' again").get("splits", {}) if manifest.is_file() else {}
-    if "files" not in splits.get(split, {}):
-        return None
+    return _place(folder, split, number=number, splits=splits) if "files" in splits.get(split, {}) else None
+
+
+def _place(folder: Path, split: str, *, number: int, splits: Json) -> str:
+    """`splits` is the manifest's part about them."""
     names = list(splits)
     files = [(file, rows) for name in names for file, rows in splits[name]["files"].items()]
     path, drawn = origin_path(folder, split), False

@@ -145,10 +145,11 @@ def typed_files(spec: FeatureSpec, *, report: Report) -> dict[str, Typed] | None
         return None
     for split, own in paths.items():
         report(f"read {split}", 0, total=row_total(data, own))
-        labels = count_labels(spec, Reader(spec).labels(own), split=split, paths=own)
+        reader = Reader(spec)
+        labels = count_labels(spec, reader.labels(own), split=split, paths=own)
         report(f"read {split}", labels.rows, total=labels.rows)
-        rows = {str(path): int(pq.read_metadata(path).num_rows) for path in own}
-        found[split] = Typed(Columns(_scan(spec, own), own), labels, rows, parts=partial(Reader(spec).parts, own))
+        rows = {str(path): reader.rows[path] for path in own}
+        found[split] = Typed(Columns(_scan(spec, own), own), labels, rows, parts=partial(reader.parts, own))
     return found
 
 

@@ -40,11 +40,6 @@ class ExperimentFacts(BaseModel):
     model: AnyModel
     embedding: Embedding
 
-    @property
-    def dims(self) -> tuple[int, dict[str, int]]:
-        """Of a vector, and of those of single tables."""
-        return self.embedding.dim, dims_of(self.features)
-
 
 class Result(BaseModel):
     """`result.json`. A metric that is null may have its reason beside it, under `<metric>_reason`; step 0 is none."""
@@ -95,8 +90,8 @@ class Run:
 
     def table_sizes(self) -> list[TableSize]:
         """The tables that the model holds, by falling size."""
-        dim, dims = self.experiment.dims
-        widths = Layout.of(self.schema, self.experiment.model, dim=dim, dims=dims).widths()
+        own = self.experiment
+        widths = Layout.of(self.schema, own.model, dim=own.embedding.dim, dims=dims_of(own.features)).widths()
         sizes = [TableSize(n, self.schema.rows(n), width, self.uses.get(n)) for n, width in widths.items()]
         return sorted(sizes, key=lambda size: (-size.megabytes, size.name))
 
