@@ -19,6 +19,11 @@ Json = dict[str, Any]
 """A JSON object as it stands in a file; what reads it parses it into a record of its own."""
 
 
+def cache_dir() -> Path:
+    """Where this user's machine keeps what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankforge"
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, version
 from pathlib import Path
 
+from etl.artifact import cache_dir
 from etl.faults import Fault, Faults
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -37,7 +38,7 @@ def find_runtime() -> Runtime:
     sources = (stub, backend / "libtriton_python.so", backend / "triton_python_backend_utils.py")
     return Runtime(
         executable=tritonserver / "bin" / "tritonserver",
-        backends=_assemble(_cache_dir() / f"triton-{wheel.version}-{sys.implementation.cache_tag}", sources),
+        backends=_assemble(cache_dir() / f"triton-{wheel.version}-{sys.implementation.cache_tag}", sources),
         library_path=f"{libpython.parent}:{wheel.locate_file('nvidia_pytriton.libs')}",
     )
 
@@ -90,10 +91,6 @@ def _libpython_fault(libpython: Path | None) -> Fault | None:
         wanted="a Python with a shared library: Triton embeds it",
         remedy=f"apt install libpython{PYTHON}, or build Python with --enable-shared, and make the environment anew",
     )
-
-
-def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankforge"
 
 
 def _assemble(folder: Path, sources: tuple[Path, ...]) -> Path:

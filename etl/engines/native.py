@@ -18,9 +18,8 @@ import llvmlite.binding as llvm
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from etl.artifact import write_json
+from etl.artifact import cache_dir, write_json
 
-_PLACES = (Path(__file__).parent / "__pycache__", Path.home() / ".cache" / "rankforge")
 _lock = threading.Lock()
 
 Texts = dict[str, tuple[str, str]]
@@ -65,9 +64,18 @@ def _load() -> _Loaded:
     return _Loaded(named, engine)
 
 
+def _places() -> list[Path]:
+    """Where texts are kept, from the first place that can be written."""
+    beside = [Path(__file__).parent / "__pycache__"]
+    try:
+        return [*beside, cache_dir()]
+    except RuntimeError:  # a user without a home
+        return beside
+
+
 def _texts(file: str) -> Texts:
     """As they are kept in this file; else compiled, and kept at the first place that can be written."""
-    for path in (place / file for place in _PLACES):
+    for path in (place / file for place in _places()):
         try:
             return TypeAdapter(Texts).validate_json(path.read_bytes())
         except (OSError, ValidationError):
@@ -75,7 +83,7 @@ def _texts(file: str) -> Texts:
     from etl.engines.loops import LOOPS
 
     texts = {loop.__name__: (loop.native_name, loop.inspect_llvm()) for loop in LOOPS}
-    for place in _PLACES:
+    for place in _places():
         try:
             place.mkdir(parents=True, exist_ok=True)
             write_json(place / file, texts)
