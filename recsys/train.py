@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -204,14 +205,15 @@ class Trainer:
 
     def _scores(self, split: str) -> tuple[Metrics, Any]:
         average_buffers(self.learner.network.head)  # one model on all ranks, as it is saved
-        scored = evaluate_model(
-            self.learner.model,
-            self.splits[split],
-            tasks=self.tasks,
-            world=self.world,
-            batch_size=self.settings.batch_size,
-            place=f"{self.run}: step {self.progress.step}",
-        )
+        with self.ids_ahead.paused() if self.ids_ahead else nullcontext():
+            scored = evaluate_model(
+                self.learner.model,
+                self.splits[split],
+                tasks=self.tasks,
+                world=self.world,
+                batch_size=self.settings.batch_size,
+                place=f"{self.run}: step {self.progress.step}",
+            )
         self.learner.clock.lap("evaluation")
         return scored
 

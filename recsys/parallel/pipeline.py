@@ -1,17 +1,20 @@
 """Sends ids ahead: while a step computes, the next step's ids already travel to the ranks that hold their rows.
 
 Of a sharded lookup the exchange of ids does not depend on weights, so it may run before the step that comes first has
-moved them; lookups and everything after keep their order, and so does every number. Where rows lie in host memory
-behind a cache on the GPU, they come into the cache as well while the head computes: FBGEMM brings the step's update to
-them wherever they are by then.
+moved them; lookups and everything after keep their order, and so does every number. torchrec's pipelines do it; the
+order of their stages is that of their `progress`, which would take over the step as well.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed.types import NoWait
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, TrainPipelineSparseDist
+from torchrec.streamable import Pipelineable
 
 from recsys.clock import Clock
 from recsys.data import Batch
@@ -19,76 +22,118 @@ from recsys.parallel.shard import Sharded
 
 
 class IdsAhead:
-    """Takes over the tables' forward pass in training; without a batch sent ahead it is torchrec's own."""
+    """Hands out batches whose ids are under way; without one the tables' forward pass is torchrec's plain one."""
 
     def __init__(self, sharded: Sharded, *, clock: Clock) -> None:
-        """`clock` laps "comm" where this rank waits for ids or rows of others."""
-        self._clock = clock
+        """`clock` laps "comm" where this rank waits for rows of others, or for them to say how many ids they send."""
+        self._clock, self._cached, self._pipeline = clock, sharded.cached, cast("_Sending | _Prefetching | None", None)
         self._network: Any = sharded.model.module
-        self._tables = self._network.tables
-        self._lookup = self._tables.forward
-        self._sent: tuple[Any, Any] | None = None
-        self._next: Batch | None = None
-        self._tables.forward = self._forward
-        self._cached = sharded.cached
-        self._aside = torch.cuda.Stream() if sharded.cached else None  # type: ignore[no-untyped-call]
-        if sharded.cached:
-            self._network.head.register_forward_hook(torch.compiler.disable(self._fetch))  # type: ignore[no-untyped-call]
+        self._network.tables.register_forward_hook(self._looked_up)
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; each has to be trained on, once, before the next is taken."""
-        batch = next(batches, None)
-        if batch is not None:
-            self._send(batch)
+        kind, tables = _Prefetching if self._cached else _Sending, _Tables(self._network.tables)
+        self._pipeline = pipeline = kind(tables, None, self._network.columns.device)  # the optimizer is the step's
+        given = map(self._with_lookups, batches)
         try:
-            while batch is not None:
-                self._next = next(batches, None)
-                yield batch
-                batch = self._next
+            pipeline.fill_pipeline(given)
+            while pipeline.batches:
+                pipeline.begin_step(given)
+                yield cast(_Looked, pipeline.batches[0]).batch
+                pipeline.end_step()
         finally:
-            self._sent = self._next = None
+            self._pipeline = None
+            pipeline.detach()
             for cached in self._cached:
                 cached.drop()
 
-    def _send(self, batch: Batch) -> None:
-        if self._aside:
-            self._aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._aside):
-            ids_BS = batch.ids_BS.to(self._network.columns.device, non_blocking=True)
-            context = self._tables.create_context()
-            self._sent = context, self._tables.input_dist(context, self._network.lookups(ids_BS))
-
-    def _arrived(self, context: Any, sent: Any) -> Any:
-        """The ids, of use in the stream that computes as well."""
-        with torch.cuda.stream(self._aside):
-            ids = sent.wait().wait()
-        if self._aside:
-            for part in (context, ids):
-                part.record_stream(torch.cuda.current_stream())
-        return ids
-
-    def _fetch(self, *_: Any) -> None:
-        """After the head was given its work, once for each batch: the host waits here until the ids have come."""
-        if self._sent is None or isinstance(self._sent[1], NoWait) or not torch.is_grad_enabled():
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Between two steps: lookups of an evaluation, while ids of the next step stay under way."""
+        if (pipeline := self._pipeline) is None:
+            yield
             return
-        context, sent = self._sent
-        computing, ids = torch.cuda.current_stream(), self._arrived(context, sent)
-        with torch.cuda.stream(self._aside):
-            self._tables.prefetch(ids, forward_stream=computing, ctx=context)
-        self._sent = context, NoWait(NoWait(ids))
+        pipeline.detach()
+        yield
+        pipeline.attach(sparse_dist=False)
 
-    def _forward(self, lookups: KeyedJaggedTensor) -> Any:
-        if self._sent is None or not torch.is_grad_enabled():
-            return self._lookup(lookups)
-        context, sent = self._sent
-        self._sent, ids = None, self._arrived(context, sent)
-        self._clock.lap("comm")
-        if self._aside:
-            torch.cuda.current_stream().wait_stream(self._aside)
-        pooled = self._tables.compute_and_output_dist(context, ids)
-        if self._next is not None:
-            self._send(self._next)
+    def _with_lookups(self, batch: Batch) -> "_Looked":
+        batch = batch.to(self._network.columns.device)
+        return _Looked(batch, self._network.lookups(batch.ids_BS))
+
+    def _looked_up(self, tables: nn.Module, given: Any, pooled: Any) -> Any:
+        if self._pipeline is None or not torch.is_grad_enabled():
+            return None
         self._clock.lap("lookup")
-        in_place = pooled.wait()
+        rows = pooled.wait()
+        self._pipeline.after_lookup()
         self._clock.lap("comm")
-        return in_place
+        return rows
+
+
+@dataclass
+class _Looked(Pipelineable):  # type: ignore[misc]
+    """A batch and the ids of its lookup, on their device."""
+
+    batch: Batch
+    lookups: KeyedJaggedTensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "_Looked":
+        return self
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for part in (self.lookups, *vars(self.batch).values()):
+            if isinstance(part, KeyedJaggedTensor) or (isinstance(part, torch.Tensor) and part.is_cuda):
+                part.record_stream(stream)
+
+
+class _Tables(nn.Module):
+    """What torchrec takes to find the tables, and that they look up an attribute of what comes with a batch."""
+
+    def __init__(self, tables: nn.Module) -> None:
+        super().__init__()
+        self.tables = tables
+
+    def forward(self, given: _Looked) -> Any:
+        return self.tables(given.lookups)
+
+
+class _Sending(TrainPipelineSparseDist[_Looked, None]):  # type: ignore[misc]
+    """What each rank will send is told before a step's lookup, and the ids leave after it, with the ranks in step."""
+
+    def begin_step(self, given: Iterator[_Looked]) -> None:
+        self._set_module_context(self.contexts[0])
+        self._wait_for_batch()
+        if len(self.batches) > 1:
+            self.start_sparse_data_dist(self.batches[1], self.contexts[1])
+        self.enqueue_batch(given)
+
+    def after_lookup(self) -> None:
+        if len(self.batches) > 1:
+            self.wait_sparse_data_dist(self.contexts[1])
+
+    end_step = TrainPipelineSparseDist.dequeue_batch
+
+
+class _Prefetching(PrefetchTrainPipelineSparseDist[_Looked, None]):  # type: ignore[misc]
+    """Rows of the next step come into the cache on the GPU as well, while the head computes.
+
+    FBGEMM brings this step's update to them wherever they are by then.
+    """
+
+    def begin_step(self, given: Iterator[_Looked]) -> None:
+        self._set_module_context(self.contexts[0])
+        torch.cuda.current_stream().wait_stream(self._prefetch_stream)
+        self.batches[0].record_stream(torch.cuda.current_stream())
+        self.enqueue_batch(given)
+        if len(self.batches) > 1:
+            self.wait_sparse_data_dist(self.contexts[1])
+
+    def after_lookup(self) -> None:
+        if len(self.batches) > 1:
+            self._prefetch(self.contexts[1])
+
+    def end_step(self) -> None:
+        if len(self.batches) > 2:
+            self.start_sparse_data_dist(self.batches[2], self.contexts[2])
+        self.dequeue_batch()

@@ -88,13 +88,20 @@ def narrow(world: World) -> dict[str, list[float]]:
 
 
 def ahead(world: World, *, shift: int = 0) -> list[Any]:
-    """Losses and weights with ids sent ahead, which are those of other steps where `shift` is not 0."""
+    """Losses and weights with ids sent ahead, which are those of other steps where `shift` is not 0.
+
+    An evaluation comes after every step, while the next one's ids are under way.
+    """
     found = []
     for kind in PIPED:
         run = run_of(ADAM | {"sharding": kind}, world, seed=1)
         batches = [replace(run.batch(step), ids_BS=run.batch(step + shift).ids_BS) for step in BEFORE]
-        sent = IdsAhead(run.sharded, clock=Clock()).batches(iter(batches))
-        losses = [run.step(step) for _, step in zip(sent, BEFORE, strict=True)]
+        ids_ahead, losses = IdsAhead(run.sharded, clock=Clock()), []
+        for _, step in zip(ids_ahead.batches(iter(batches)), BEFORE, strict=True):
+            losses.append(run.step(step))
+            with ids_ahead.paused():
+                assert torch.isfinite(run.logits()).all()
+            run.model.train()
         found.append((losses, held_by(run)))
         assert torch.isfinite(run.logits()).all()
     return found
