@@ -200,8 +200,9 @@ class Transform:
         """[N, B]: dense inputs, then what multiplies the rows of fields and of bags with weights."""
         scaled = np.empty((len(self._scaled), len(packed.keys)), np.float32)
         for part in cached(len(scaled), rows=len(packed.keys)):
-            scaling = {name: column[part] for name, column in self._scaling.items()}
-            self.scale(packed.numbers.T[self._scaled[part]], scaling, into=scaled[part])
+            scaling, of = {name: column[part] for name, column in self._scaling.items()}, self._scaled[part]
+            numbers_NB = packed.numbers.T[of if len(of) > 1 else slice(of[0], of[0] + 1)]  # a single one as it lies
+            self.scale(numbers_NB, scaling, into=scaled[part])
         of_scaled, parts = iter(scaled[:, None]), [scaled[:0]]
         for step in (*self.dense, *self.features):
             if "mean" in step:
@@ -212,7 +213,7 @@ class Transform:
             elif step.get("weights"):
                 weights = packed.numbers[:, self._number_places[step["weights"]]].T
                 parts.append(np.where(weights == MISSING_NUMBER, 0.0, weights).astype(np.float32))
-        return np.concatenate(parts)
+        return np.concatenate(parts) if len(parts) > len(scaled) + 1 else scaled
 
     def scale(self, numbers_NB: Float64s, steps: State, *, into: Float32s) -> None:
         """Numbers with the settings of `as_columns`."""

@@ -17,7 +17,7 @@ from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from etl.lookup import MISSING_KEY, NO_KEY, Float64s, Int64s
-from etl.transform import MISSING_NUMBER
+from etl.transform import MISSING_NUMBER, Float32s
 
 Inlined = TypeVar("Inlined", bound=Callable[..., Any])
 
@@ -134,26 +134,47 @@ def count(slots_at: Int64s, keys_at: Int64s, sizes_at: Int64s) -> None:
     sizes[2], sizes[3] = free, done
 
 
-@loop(_NUMBER, _NUMBER, _INT)
-def fill(numbers_at: Float64s, settings_at: Float64s, size_at: Int64s) -> None:
-    """Fills what is missing, then clips, in place: settings are the filling, both ends, and the lowest number kept."""
-    numbers = carray(numbers_at, carray(size_at, (1,))[0])
+@loop(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _INT)
+def fill(numbers_at: Float64s, filled_at: Float64s, above_at: Float64s, settings_at: Float64s, size_at: Int64s) -> None:
+    """Fills what is missing, then clips, and adds 1; settings are the filling, both ends, and the lowest number kept."""
+    size = carray(size_at, (1,))[0]
+    numbers, filled, above = carray(numbers_at, size), carray(filled_at, size), carray(above_at, size)
     filling, low, high, floor = carray(settings_at, (4,))
-    for i in range(len(numbers)):
+    for i in range(size):
         x = numbers[i] if numbers[i] > MISSING_NUMBER else filling  # NaN isn't above it either
         x = x if x > low else low
         x = x if x < high else high
-        numbers[i] = x if x > floor else floor
+        x = x if x > floor else floor
+        filled[i], above[i] = x, x + 1.0
 
 
-@loop(_NUMBER, _NUMBER, _INT)
-def log1p(x_at: Float64s, logs_at: Float64s, size_at: Int64s) -> None:
-    """log(1 + x) in the place of x: the logarithms of what 1 + x came to, with what that lost given back."""
+@_inline
+def _log1p(x: np.float64, log: np.float64) -> np.float64:
+    """log(1 + x) from the logarithm of what 1 + x came to, with what that lost given back."""
+    above = x + 1.0
+    return (x - (above - 1.0)) / above + log
+
+
+@_inline
+def _scaled(filled: Float64s, logs: Float64s, settings: Float64s, scaled: Float64s | Float32s) -> None:
+    mean, std, log = settings[0], settings[1], settings[2]
+    for i in range(len(filled)):
+        x = _log1p(filled[i], logs[i]) if log else filled[i]
+        scaled[i] = (x - mean) / std
+
+
+@loop(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _INT)
+def scale64(filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float64s, size_at: Int64s) -> None:
+    """Scales numbers, or log(1 + x) of them where the third setting is not 0; the others are mean and deviation."""
     size = carray(size_at, (1,))[0]
-    x, logs = carray(x_at, size), carray(logs_at, size)
-    for i in range(len(x)):
-        above = x[i] + 1.0
-        x[i] = (x[i] - (above - 1.0)) / above + logs[i]
+    _scaled(carray(filled_at, size), carray(logs_at, size), carray(settings_at, (3,)), carray(scaled_at, size))
 
 
-LOOPS: tuple[CFunc, ...] = (put, look_up, count, fill, log1p)
+@loop(_NUMBER, _NUMBER, _NUMBER, numba.float32, _INT)
+def scale32(filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float32s, size_at: Int64s) -> None:
+    """The same, rounded to float32."""
+    size = carray(size_at, (1,))[0]
+    _scaled(carray(filled_at, size), carray(logs_at, size), carray(settings_at, (3,)), carray(scaled_at, size))
+
+
+LOOPS: tuple[CFunc, ...] = (put, look_up, count, fill, scale64, scale32)

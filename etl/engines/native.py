@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
 from etl.artifact import cache_dir, write_json
 
 _lock = threading.Lock()
+_NARROW = {"scale32": [np.dtype(np.float32)]}  # what a loop takes that has not 64 bits
 
 Texts = dict[str, tuple[str, str]]
 """By loop: the name of its function, and the module that holds it in LLVM's language."""
@@ -28,7 +30,8 @@ Texts = dict[str, tuple[str, str]]
 
 def call(name: str, *arrays: npt.NDArray[Any]) -> None:
     """Runs a loop on arrays of the types that it says there; other threads run meanwhile."""
-    if not all(array.flags.c_contiguous and array.itemsize == 8 for array in arrays):
+    kinds = [array.dtype for array in arrays if array.itemsize != 8]
+    if kinds != _NARROW.get(name, []) or not all(array.flags.c_contiguous for array in arrays):
         raise ValueError(f"{name}: {[(array.dtype, array.strides) for array in arrays]}, wanted 64 bits side by side")
     load().functions[name](*(ctypes.c_void_p(array.ctypes.data) for array in arrays))
 

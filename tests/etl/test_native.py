@@ -24,7 +24,7 @@ def test_what_is_not_whole_is_made_anew(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / KEPT).write_text(broken)
     monkeypatch.setattr(native, "_places", lambda: [tmp_path])
     made = native._texts(KEPT)
-    assert sorted(made) == ["count", "fill", "log1p", "look_up", "put"]
+    assert sorted(made) == ["count", "fill", "look_up", "put", "scale32", "scale64"]
     assert native._texts(KEPT) == made
     assert all(name in text for name, text in made.values())
 
