@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from deploy.bundle import read_bundle
+from deploy.client import Client
 from tests.deploy.conftest import ROOT, Served
 from tests.deploy.test_serving import WAIT_S, serving
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 CLIENT, PACK, GRPC = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-(SHELL,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+ROWS, RANKING = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +68,32 @@ def test_plain_http_and_plain_grpc_score_as_offline(
     kept = pq.read_table(golden / "scores.parquet").slice(0, 32)
     wanted = np.stack([kept[task].to_numpy() for task in kept.column_names if task != "ids"], axis=1)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    answer = json.loads(run(["bash", "-ec", at(SHELL, served)], folder=tmp_path))
+    answer = json.loads(run(["bash", "-ec", at(ROWS, served)], folder=tmp_path))
     (output,) = answer["outputs"]
     assert output["name"] == "score"
     np.testing.assert_allclose(np.reshape(output["data"], output["shape"]), wanted, rtol=0, atol=1e-6)
     printed = json.loads(run([sys.executable, "grpc_example.py", served.url], folder=tmp_path))
     np.testing.assert_allclose(printed, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_plain_http_and_plain_grpc_rank_as_the_client(lists_served: Served, lists_bundle: Path, tmp_path: Path) -> None:
+    for file, text in (("pack.py", PACK), ("grpc_example.py", GRPC)):
+        (tmp_path / file).write_text(at(text, lists_served))
+    rows = [json.loads(line) for line in (lists_bundle / "golden" / "requests.jsonl").read_text().splitlines()[:9]]
+    parts = (read_bundle(lists_bundle).serve.user, set(rows[0]) - set(read_bundle(lists_bundle).serve.user))
+    user, items = ([{name: row[name] for name in part} for row in rows] for part in parts)
+    (tmp_path / "ranking.jsonl").write_text("\n".join(json.dumps(row) for row in [user[0], *items]))
+    with Client(lists_served.url, deadline_s=WAIT_S) as client:
+        wanted = client.rank(user[0], items).score
+    answer = json.loads(run(["bash", "-ec", at(RANKING, lists_served)], folder=tmp_path))
+    (output,) = answer["outputs"]
+    assert (output["name"], output["shape"]) == ("rank_score", [1, *wanted.shape])
+    np.testing.assert_allclose(np.reshape(output["data"], wanted.shape), wanted, rtol=0, atol=1e-6)
+    (printed,) = json.loads(run([sys.executable, "grpc_example.py", lists_served.url], folder=tmp_path))
+    np.testing.assert_allclose(printed, wanted, rtol=0, atol=1e-6)
+    assert len({tuple(scores) for scores in printed}) > 1
 
 
 def test_the_page_names_every_metric_and_setting() -> None:
