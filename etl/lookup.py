@@ -146,7 +146,10 @@ def _mapped(parquet: Path) -> Int64s:
 
 def _columns(path: Path, number: str) -> tuple[Int64s, Int64s]:
     """The keys, and beside each its row, or the bits of its value as float64."""
-    table = pq.read_table(path, columns=["key", number])
+    file = pq.ParquetFile(path)  # `read_table` would import pyarrow's datasets, which takes as long as a vocabulary
+    if not file.num_row_groups:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    table = file.read(columns=["key", number])
     numbers = table[number].to_numpy()
     return table["key"].to_numpy(), numbers if number == "row" else numbers.astype(np.float64).view(np.int64)
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from etl.artifact import Json
 from etl.spec import Count, FeatureSpec, Numeric, Target, column_of, resolve
 
 
@@ -14,20 +13,10 @@ class DenseNulls:
 
     def __init__(self, spec: FeatureSpec) -> None:
         self._columns = {str(feature.name): found for feature in resolve(spec.features) if (found := _columns(feature))}
-        self._rows = dict.fromkeys(self._columns, 0)
 
-    def of(self, batch: pa.RecordBatch) -> list[int]:
-        """The counts of some typed rows."""
-        return [_rows_with_null([batch[column] for column in columns]) for columns in self._columns.values()]
-
-    def add(self, counts: Sequence[int]) -> None:
-        """Of other rows than before."""
-        for name, rows in zip(self._rows, counts, strict=True):
-            self._rows[name] += rows
-
-    def as_json(self) -> Json:
-        """By feature, for the manifest."""
-        return {name: {"missing": rows} for name, rows in self._rows.items()}
+    def of(self, batch: pa.RecordBatch) -> dict[str, int]:
+        """By feature, of some typed rows."""
+        return {name: _rows_with_null([batch[column] for column in columns]) for name, columns in self._columns.items()}
 
 
 def _columns(feature: object) -> list[str]:

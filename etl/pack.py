@@ -35,16 +35,40 @@ def pack(table: pa.Table, signature: Signature) -> Packed:
         ValueError: an unknown or absent column, a value of the wrong type, infinity, NaN within a list, a list that
             is too long; names the column.
     """
+    columns = {
+        name: without_nan(array) if pa.types.is_floating(array.type) else array
+        for name, array in _typed(table, signature).items()
+    }
+    for names, check in ((signature.keys, _check_keys), (signature.numbers, _check_numbers)):
+        for name in names:
+            check(_values(columns[name]), name=name)
+    return _packed(columns, signature, rows=table.num_rows)
+
+
+def pack_checked(table: pa.Table, signature: Signature) -> Packed:
+    """The same of rows that were checked as they were typed (`etl/columns.py`)."""
+    return _packed(_typed(table, signature), signature, rows=table.num_rows)
+
+
+def _typed(table: pa.Table, signature: Signature) -> dict[str, pa.Array]:
     if faults := _column_faults(table.column_names, signature.columns):
         raise ValueError("; ".join(faults))
-    typed = {name: typed_column(table[name], name=name, dtype=dtype) for name, dtype in signature.columns.items()}
-    size = table.num_rows
-    keys = [_packed(typed[name], name=name, signature=signature) for name in signature.keys]
-    numbers = [_packed(_as_numbers(typed[name]), name=name, signature=signature) for name in signature.numbers]
-    return Packed(
-        beside([np.empty((size, 0), np.int64), *keys]),
-        beside([np.empty((size, 0), np.float64), *numbers]),
-    )
+    return {name: typed_column(table[name], name=name, dtype=dtype) for name, dtype in signature.columns.items()}
+
+
+def _packed(columns: Mapping[str, pa.Array], signature: Signature, *, rows: int) -> Packed:
+    """Stored column by column: columns are what is read and written."""
+    keys_CB = np.empty((len(signature.packed_names(signature.keys)), rows), np.int64)
+    numbers_MB = np.empty((len(signature.packed_names(signature.numbers)), rows), np.float64)
+    for names, into, of in ((signature.keys, keys_CB, _keys), (signature.numbers, numbers_MB, _numbers)):
+        for name, place in signature.places(names).items():
+            flat = of(_values(columns[name]))
+            if name not in signature.slots:
+                into[place] = flat
+                continue
+            slots, newest = signature.slots[name], name in signature.newest
+            into[place] = _padded(flat, columns[name], name=name, slots=slots, newest=newest).T
+    return Packed(keys_CB.T, numbers_MB.T)
 
 
 def part(packed: Packed, signature: Signature, *, names: Collection[str]) -> Packed:
@@ -62,14 +86,14 @@ def beside(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     return joined.T
 
 
-def encode(raw: pa.Table, transform: Transform, *, place: str) -> Encoded:
-    """Packs and transforms raw rows.
+def encode(raw: pa.Table, transform: Transform, *, place: str, checked: bool = False) -> Encoded:
+    """Packs and transforms raw rows; `checked` as for `pack_checked`.
 
     Raises:
         Fault: with `place`, where a value can't be packed, or where float32 can't hold what becomes of it.
     """
     try:
-        packed = pack(raw, transform.signature)
+        packed = (pack_checked if checked else pack)(raw, transform.signature)
         transform.check_weights(packed)
     except ValueError as error:
         wanted = f"the columns {', '.join(f'{name} ({dtype})' for name, dtype in transform.signature.columns.items())}"
@@ -101,19 +125,6 @@ def _float_names(transform: Transform) -> list[str]:
     valued = [step for step in transform.features if step["kind"] == "field" or step.get("weights")]
     slots = [step["name"] for step in valued for _ in range(transform.signature.slots.get(step["column"], 1))]
     return [step["name"] for step in transform.dense] + slots
-
-
-def _as_numbers(array: pa.Array) -> pa.Array:
-    """A column of whole numbers that is also a number feature's."""
-    return array.cast(pa.float64(), safe=False) if pa.types.is_integer(array.type) else array
-
-
-def _packed(array: pa.Array, *, name: str, signature: Signature) -> npt.NDArray[Any]:
-    """[B, 1], or [B, slots] of a list column, filled at the end."""
-    if name not in signature.slots:
-        single = _flat(without_nan(array), name=name)
-        return single[:, None]
-    return _padded(array, name=name, slots=signature.slots[name], newest=name in signature.newest)
 
 
 def _column_faults(names: Sequence[str], wanted: Mapping[str, str]) -> list[str]:
@@ -192,19 +203,18 @@ def _typed_values(array: pa.Array, *, name: str, dtype: str) -> pa.Array:
         raise ValueError(f"column '{name}': {error}, wanted {dtype}") from None
 
 
-def _flat(array: pa.Array, *, name: str) -> npt.NDArray[Any]:
-    """Keys or numbers [R] of single values."""
-    return _numbers(array, name=name) if pa.types.is_floating(array.type) else _keys(array, name=name)
+def _values(array: pa.Array) -> pa.Array:
+    """Those of a list, or the single ones."""
+    return array.values if pa.types.is_large_list(array.type) else array
 
 
-def _padded(array: pa.Array, *, name: str, slots: int, newest: bool) -> npt.NDArray[Any]:
-    """Keys or numbers [R, slots] of lists."""
+def _padded(flat: npt.NDArray[Any], array: pa.Array, *, name: str, slots: int, newest: bool) -> npt.NDArray[Any]:
+    """Keys or numbers [R, slots] of lists, filled at the end, from the values of all lists."""
     offsets = np.asarray(array.offsets)
     lengths = np.diff(offsets)
     if not newest and lengths.max(initial=0) > slots:
         row = int(np.argmax(lengths > slots))
         raise ValueError(f"column '{name}' holds {lengths[row]} values at row {row}, at most {slots}: raise max_length")
-    flat = _flat(array.values, name=name)
     first = offsets[1:] - np.minimum(lengths, slots)
     at = first[:, None] + np.arange(slots)
     filled = at < offsets[1:, None]
@@ -212,17 +222,26 @@ def _padded(array: pa.Array, *, name: str, slots: int, newest: bool) -> npt.NDAr
     return np.where(filled, np.append(flat, nothing)[np.where(filled, at, -1)], nothing)
 
 
-def _keys(array: pa.Array, *, name: str) -> Int64s:
+def _check_keys(array: pa.Array, *, name: str) -> None:
+    if array.type == pa.large_string() or array.null_count == len(array):
+        return
+    if (lowest := pc.min(array).as_py()) in RESERVED_KEYS:
+        raise ValueError(f"column '{name}' holds {lowest}, which stands for missing: send null")
+
+
+def _check_numbers(array: pa.Array, *, name: str) -> None:
+    check_numbers(_numbers(array)[:, None], [name])
+
+
+def _keys(array: pa.Array) -> Int64s:
     if array.type == pa.large_string():
         return text_keys(array)
-    if array.null_count < len(array) and pc.min(array).as_py() in RESERVED_KEYS:
-        raise ValueError(f"column '{name}' holds {pc.min(array).as_py()}, which stands for missing: send null")
     keys: Int64s = (array.fill_null(MISSING_KEY) if array.null_count else array).to_numpy(zero_copy_only=False)
     return keys
 
 
-def _numbers(array: pa.Array, *, name: str) -> Float64s:
-    array = array.fill_null(MISSING_NUMBER) if array.null_count else array
-    numbers: Float64s = array.to_numpy(zero_copy_only=False)
-    check_numbers(numbers[:, None], [name])
+def _numbers(array: pa.Array) -> Float64s:
+    """Also of a column of whole numbers."""
+    array = array.cast(pa.float64(), safe=False) if pa.types.is_integer(array.type) else array
+    numbers: Float64s = (array.fill_null(MISSING_NUMBER) if array.null_count else array).to_numpy(zero_copy_only=False)
     return numbers

@@ -3,12 +3,15 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,13 +68,11 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
             weight=spec.data.weight is not None,
         )
         schema.write(folder)
-        transform, stats = _transform(folder / "transform"), {}
-        for split, part in typed.items():
+        finished.add(*(path for path in (folder / "transform").rglob("*") if path.is_file()))
+        parts, stats = _parts(typed, engine=engine, transform=_transform(folder / "transform")), {}
+        for split, rows in groupby(_encoded(spec, parts, schema=schema, folder=folder), key=attrgetter("split")):
             shards = _Shards(folder / split, spec.etl, finished=finished)
-            encode = engine.encoder(split, part, transform=transform)
-            counted = _encode(spec, part, encode=encode, schema=schema, shards=shards, report=report)
-            of_labels = {"label_rate": part.labels.rates, "label_parts": part.labels.parts}
-            stats[split] = counted | of_labels | {"files": part.files}
+            stats[split] = _write(rows, typed[split], schema=schema, shards=shards, report=report)
         shutil.rmtree(raw)
         _refuse_changed(raw_files, spec)
         manifest = {"hash": spec.data_hash(), "engine": spec.etl.engine, "raw": raw_files, "splits": stats}
@@ -157,47 +158,75 @@ def _column(matrix: npt.NDArray[Any], ids: Int64s, *, dtype: str) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(matrix[filled]))
 
 
-def _encode(
-    spec: FeatureSpec, rows: Typed, *, encode: Encode, schema: Schema, shards: "_Shards", report: Report
-) -> Json:
-    """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
-    split, raw_columns = shards.folder.name, list(spec.raw_columns())
-    names = [feature.name for feature in schema.features]
-    missing, unseen = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
-    out_of_fold = OutOfFold.load(shards.folder.parent) if split == "train" else None
+class _Part(NamedTuple):
+    """Rows of a split that follow one another, from `first` on, and what encodes them."""
+
+    split: str
+    first: int
+    rows: Part
+    encode: Encode
+
+
+class _Encoded(NamedTuple):
+    """The columns of a shard, what is counted by feature, and the nulls of dense features."""
+
+    split: str
+    table: pa.Table
+    missing: Int64s
+    unseen: Int64s
+    nulls: Json
+
+
+def _parts(typed: Mapping[str, Typed], *, engine: Engine, transform: Transform) -> Iterator[_Part]:
+    """The rows of all splits, one after the other."""
+    for split, rows in typed.items():
+        encode, first = engine.encoder(split, rows, transform=transform), 0
+        for part in rows.parts():
+            yield _Part(split, first, part, encode)
+            first += part.rows
+
+
+def _encoded(spec: FeatureSpec, parts: Iterable[_Part], *, schema: Schema, folder: Path) -> Iterator[_Encoded]:
+    """Each part encoded, in order: reading, encoding and what is done with the result run beside one another."""
+    raw_columns, out_of_fold, nulls = list(spec.raw_columns()), OutOfFold.load(folder), DenseNulls(spec)
     beside = {GROUP: spec.data.group, WEIGHT: spec.data.weight}
 
-    def encoded_rows(numbered: tuple[int, Part]) -> tuple[Encoded, list[int], pa.Table]:
-        first, batch = numbered[0], numbered[1].typed()
+    def encoded(part: _Part) -> _Encoded:
+        batch = part.rows.typed()
         raw = pa.Table.from_batches([batch]).select(raw_columns)
-        encoded = encode(raw, first)
-        columns = encoded_columns(encoded, schema)
-        columns |= out_of_fold.columns(raw, first_row=first) if out_of_fold else {}
+        found = part.encode(raw, part.first)
+        columns = encoded_columns(found, schema)
+        columns |= out_of_fold.columns(raw, first_row=part.first) if part.split == "train" else {}
         columns |= {task.name: batch[f"label:{task.name}"] for task in spec.tasks}
         columns |= {name: batch[name] for name, given in beside.items() if given}
         whole = pa.schema([pa.field(name, column.type, nullable=False) for name, column in columns.items()])
-        return encoded, nulls.of(batch), pa.table(columns, schema=whole)
+        return _Encoded(part.split, pa.table(columns, schema=whole), found.missing, found.unseen, nulls.of(batch))
 
-    nulls = DenseNulls(spec)
-    report(f"encode {split}", 0, total=rows.labels.rows)
-    for encoded, unfilled, table in in_order(encoded_rows, ahead(_numbered(rows.parts())), beside=1):
-        nulls.add(unfilled)
-        missing += encoded.missing
-        unseen += encoded.unseen
-        shards.write(table)
-        report(f"encode {split}", shards.rows, total=rows.labels.rows)
+    return in_order(encoded, ahead(parts), beside=1)
+
+
+def _write(encoded: Iterable[_Encoded], split: Typed, *, schema: Schema, shards: "_Shards", report: Report) -> Json:
+    """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
+    stage, names = f"encode {shards.folder.name}", [feature.name for feature in schema.features]
+    missing, unseen = np.zeros((2, len(names)), np.int64)
+    nulls: Counter[str] = Counter()
+    report(stage, 0, total=split.labels.rows)
+    for part in encoded:
+        nulls.update(part.nulls)
+        missing += part.missing
+        unseen += part.unseen
+        shards.write(part.table)
+        report(stage, shards.rows, total=split.labels.rows)
     shards.close()
     counts = zip(names, missing.tolist(), unseen.tolist(), strict=True)
-    features = {name: {"missing": m, "unseen": u} for name, m, u in counts}
-    return {"rows": shards.rows, "features": features, "dense": nulls.as_json()}
-
-
-def _numbered(parts: Iterable[Part]) -> Iterator[tuple[int, Part]]:
-    """Each part with the number of its first row."""
-    first = 0
-    for part in parts:
-        yield first, part
-        first += part.rows
+    return {
+        "rows": shards.rows,
+        "features": {name: {"missing": m, "unseen": u} for name, m, u in counts},
+        "dense": {name: {"missing": rows} for name, rows in nulls.items()},
+        "label_rate": split.labels.rates,
+        "label_parts": split.labels.parts,
+        "files": split.files,
+    }
 
 
 class _Shards:
@@ -271,16 +300,14 @@ class _Finished(contextlib.ExitStack):
         """Runs a job beside the work."""
         return self._pool.submit(job)
 
-    def add(self, path: Path) -> None:
-        """A file that no one will change."""
-        self._described[path] = self._pool.submit(_described, path)
+    def add(self, *paths: Path) -> None:
+        """Files that no one will change."""
+        self._described |= {path: self._pool.submit(_described, path) for path in paths}
 
     def files(self, folder: Path) -> dict[str, Json]:
         """Every file of the folder, described."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in paths:
-            if path not in self._described:
-                self.add(path)
+        self.add(*(path for path in paths if path not in self._described))
         return {path.relative_to(folder).as_posix(): self._described[path].result() for path in paths}
 
 

@@ -1,6 +1,6 @@
 """The typed rows of a split, what is counted of their labels, and the way without a copy: parquet that is typed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cached_property, partial
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from etl.artifact import Json
@@ -92,10 +94,7 @@ def count_labels(
     sums: dict[int, list[int]] = {}
     for batch in batches:
         labels = {task.name: batch[f"label:{task.name}"].to_numpy() for task in spec.tasks}
-        days = batch[DAY].dictionary_encode()
-        at = days.indices.to_numpy()
-        counts = [np.bincount(at), *(np.bincount(at, ones) for ones in labels.values())]
-        for day, *found in zip(days.dictionary.to_pylist(), *counts, strict=True):
+        for day, *found in _by_day(batch[DAY], labels.values()):
             before = sums.get(day, [0] * len(found))
             sums[day] = [old + int(new) for old, new in zip(before, found, strict=True)]
         for task in spec.tasks:
@@ -116,6 +115,18 @@ def count_labels(
         for day, (n, *counted) in sorted(sums.items())
     ]
     return Labels(rows, rates, {"by": "day" if paths is None else "file", "parts": parts})
+
+
+def _by_day(days: pa.Array, labels: Collection[npt.NDArray[np.float32]]) -> Iterator[tuple[int, ...]]:
+    """Each day with its rows and its ones of every label."""
+    if (ends := pc.min_max(days))["min"] == ends["max"]:
+        yield days[0].as_py(), len(days), *(np.count_nonzero(ones) for ones in labels)
+        return
+    by_day = days.dictionary_encode()
+    at = by_day.indices.to_numpy()
+    yield from zip(
+        by_day.dictionary.to_pylist(), np.bincount(at), *(np.bincount(at, ones) for ones in labels), strict=True
+    )
 
 
 def no_rows(split: str) -> Fault:

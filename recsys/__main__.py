@@ -3,6 +3,9 @@
 import os
 import sys
 
+# Before torch loads OpenMP: threads without work wait less busily, and leave a core to the one that reads batches.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 from recsys.cli import app
 
 try:

@@ -72,7 +72,9 @@ class _Polars:
             return fit(spec, columns, transform=transform, parent=parent, device=device, progress=progress)
 
     def encoder(self, split: str, rows: Typed, *, transform: Transform) -> Encode:
-        return lambda raw, first: encode(raw, transform, place=place_of(split, first=first, rows=raw.num_rows))
+        return lambda raw, first: encode(
+            raw, transform, place=place_of(split, first=first, rows=raw.num_rows), checked=True
+        )
 
 
 def place_of(split: str, *, first: int, rows: int) -> str:

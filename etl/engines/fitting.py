@@ -38,4 +38,4 @@ class Fitting:
         """Writes a parquet file of the folder."""
         path = self.folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        table.write_parquet(path)
+        table.write_parquet(path, compression="lz4", statistics=False)  # keys do not compress

@@ -136,7 +136,7 @@ def count(slots_at: Int64s, keys_at: Int64s, sizes_at: Int64s) -> None:
 
 @loop(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _INT)
 def fill(numbers_at: Float64s, filled_at: Float64s, above_at: Float64s, settings_at: Float64s, size_at: Int64s) -> None:
-    """Fills what is missing, then clips, and adds 1; settings are the filling, both ends, and the lowest number kept."""
+    """Fills what is missing, clips, and adds 1; settings are the filling, both ends, and the lowest number kept."""
     size = carray(size_at, (1,))[0]
     numbers, filled, above = carray(numbers_at, size), carray(filled_at, size), carray(above_at, size)
     filling, low, high, floor = carray(settings_at, (4,))
@@ -164,14 +164,18 @@ def _scaled(filled: Float64s, logs: Float64s, settings: Float64s, scaled: Float6
 
 
 @loop(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _INT)
-def scale64(filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float64s, size_at: Int64s) -> None:
+def scale64(
+    filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float64s, size_at: Int64s
+) -> None:
     """Scales numbers, or log(1 + x) of them where the third setting is not 0; the others are mean and deviation."""
     size = carray(size_at, (1,))[0]
     _scaled(carray(filled_at, size), carray(logs_at, size), carray(settings_at, (3,)), carray(scaled_at, size))
 
 
 @loop(_NUMBER, _NUMBER, _NUMBER, numba.float32, _INT)
-def scale32(filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float32s, size_at: Int64s) -> None:
+def scale32(
+    filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float32s, size_at: Int64s
+) -> None:
     """The same, rounded to float32."""
     size = carray(size_at, (1,))[0]
     _scaled(carray(filled_at, size), carray(logs_at, size), carray(settings_at, (3,)), carray(scaled_at, size))
