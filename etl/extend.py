@@ -20,6 +20,8 @@ from etl.formats import files, holds_rows
 from etl.schema import Table, read_schema
 from etl.spec import FeatureSpec, resolve
 
+_KIND = "xxh3:"  # of the digests by which files are known again
+
 
 @dataclass(frozen=True)
 class Parent:
@@ -52,7 +54,8 @@ def read_parent(spec: FeatureSpec, folder: Path | None, *, refit_numbers: bool) 
         return None
     path, remedy = folder / "manifest.json", "name a folder that `etl run` made"
     made = read_json(path, remedy=remedy)
-    if "counted" not in made:
+    counted = made.get("counted")
+    if counted is None or not all(content.startswith(_KIND) for one in counted for content in _digests(one)):
         wanted = "a record of the features and of the training files"
         raise Fault(str(path), got="none: an older version made it", wanted=wanted, remedy="run the ETL again")
     _refuse_other(made["sections"], _sections(spec), place=str(path))
@@ -157,7 +160,7 @@ def _content(path: Path, _changed: int) -> str:
     It need not withstand forgers, so it is not a SHA-256, which takes as long as a twentieth of a job.
     """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return _KIND + hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _are_new(own: Json, seen: Sequence[Json], *, place: str) -> bool:

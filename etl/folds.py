@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from etl.artifact import Json
 from etl.lookup import Vocabulary
-from etl.pack import pack
+from etl.pack import pack_checked
 from etl.transform import Float32s, Float64s, Int64s, Signature, crossed, mix
 
 FOLDS = "folds"
@@ -79,7 +79,7 @@ class OutOfFold:
         """The columns of raw training rows that follow one another from `first_row` on, counted from 0."""
         if not self._targets:
             return {}
-        packed = pack(raw.select(list(self._signature.columns)), self._signature)
+        packed = pack_checked(raw.select(list(self._signature.columns)), self._signature)
         keys = {column: packed.keys[:, at] for at, column in enumerate(self._signature.keys)}
         positions = np.arange(first_row, first_row + raw.num_rows, dtype=np.int64)
         return {name: pa.array(target(keys, positions)) for name, target in self._targets.items()}

@@ -69,8 +69,10 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         )
         schema.write(folder)
         finished.add(*(path for path in (folder / "transform").rglob("*") if path.is_file()))
-        parts, stats = _parts(typed, engine=engine, transform=_transform(folder / "transform")), {}
-        for split, rows in groupby(_encoded(spec, parts, schema=schema, folder=folder), key=attrgetter("split")):
+        transform, stats = _transform(folder / "transform"), {}
+        encoders = {split: engine.encoder(split, rows, transform=transform) for split, rows in typed.items()}
+        encoded = _encoded(spec, _parts(typed, encoders), schema=schema, folder=folder)
+        for split, rows in groupby(encoded, key=attrgetter("split")):
             shards = _Shards(folder / split, spec.etl, finished=finished)
             stats[split] = _write(rows, typed[split], schema=schema, shards=shards, report=report)
         shutil.rmtree(raw)
@@ -177,12 +179,12 @@ class _Encoded(NamedTuple):
     nulls: Json
 
 
-def _parts(typed: Mapping[str, Typed], *, engine: Engine, transform: Transform) -> Iterator[_Part]:
+def _parts(typed: Mapping[str, Typed], encoders: Mapping[str, Encode]) -> Iterator[_Part]:
     """The rows of all splits, one after the other."""
     for split, rows in typed.items():
-        encode, first = engine.encoder(split, rows, transform=transform), 0
+        first = 0
         for part in rows.parts():
-            yield _Part(split, first, part, encode)
+            yield _Part(split, first, part, encoders[split])
             first += part.rows
 
 

@@ -119,7 +119,7 @@ def count_labels(
 
 def _by_day(days: pa.Array, labels: Collection[npt.NDArray[np.float32]]) -> Iterator[tuple[int, ...]]:
     """Each day with its rows and its ones of every label."""
-    if (ends := pc.min_max(days))["min"] == ends["max"]:
+    if len(days) and (ends := pc.min_max(days))["min"] == ends["max"]:
         yield days[0].as_py(), len(days), *(np.count_nonzero(ones) for ones in labels)
         return
     by_day = days.dictionary_encode()

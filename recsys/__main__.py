@@ -4,7 +4,8 @@ import os
 import sys
 
 # Before torch loads OpenMP: threads without work wait less busily, and leave a core to the one that reads batches.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from recsys.cli import app
 

@@ -25,20 +25,29 @@ class IdsAhead:
     """Hands out batches whose ids are under way; without one the tables' forward pass is torchrec's plain one."""
 
     def __init__(self, sharded: Sharded, *, clock: Clock) -> None:
-        """`clock` laps "comm" where this rank waits for rows of others, or for them to say how many ids they send."""
+        """`clock` laps "data" where this rank waits for a batch, "comm" where it sends ids or waits for other ranks."""
         self._clock, self._cached, self._pipeline = clock, sharded.cached, cast("_Sending | _Prefetching | None", None)
         self._network: Any = sharded.model.module
+        self._device = self._network.columns.device
+        # FBGEMM remembers the first stream that it fetched rows on.
+        self._aside = torch.cuda.Stream() if sharded.cached else None  # type: ignore[no-untyped-call]
         self._network.tables.register_forward_hook(self._looked_up)
+        self._network.register_forward_hook(self._launched)
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; each has to be trained on, once, before the next is taken."""
         kind, tables = _Prefetching if self._cached else _Sending, _Tables(self._network.tables)
-        self._pipeline = pipeline = kind(tables, None, self._network.columns.device)  # the optimizer is the step's
+        self._pipeline = pipeline = kind(tables, None, self._device)  # the optimizer is the step's
+        if self._aside:
+            pipeline._prefetch_stream, pipeline._default_stream = self._aside, torch.cuda.current_stream()
         given = map(self._with_lookups, batches)
         try:
             pipeline.fill_pipeline(given)
             while pipeline.batches:
-                pipeline.begin_step(given)
+                pipeline.enqueue_batch(given)
+                self._clock.lap("data")
+                pipeline.begin_step()
+                self._clock.lap("comm")
                 yield cast(_Looked, pipeline.batches[0]).batch
                 pipeline.end_step()
         finally:
@@ -58,7 +67,7 @@ class IdsAhead:
         pipeline.attach(sparse_dist=False)
 
     def _with_lookups(self, batch: Batch) -> "_Looked":
-        batch = batch.to(self._network.columns.device)
+        batch = batch.to(self._device)
         return _Looked(batch, self._network.lookups(batch.ids_BS))
 
     def _looked_up(self, tables: nn.Module, given: Any, pooled: Any) -> Any:
@@ -66,9 +75,15 @@ class IdsAhead:
             return None
         self._clock.lap("lookup")
         rows = pooled.wait()
-        self._pipeline.after_lookup()
+        if self._device.type == "cpu":
+            self._pipeline.send()
         self._clock.lap("comm")
         return rows
+
+    def _launched(self, *_: Any) -> None:
+        """On a GPU the head has its work by now, and the host may wait."""
+        if self._pipeline is not None and torch.is_grad_enabled():
+            self._pipeline.send()
 
 
 @dataclass
@@ -99,20 +114,22 @@ class _Tables(nn.Module):
 
 
 class _Sending(TrainPipelineSparseDist[_Looked, None]):  # type: ignore[misc]
-    """What each rank will send is told before a step's lookup, and the ids leave after it, with the ranks in step."""
+    """The ranks tell one another how many ids they will send while a step looks its own up; then the ids leave."""
 
-    def begin_step(self, given: Iterator[_Looked]) -> None:
+    def begin_step(self) -> None:
         self._set_module_context(self.contexts[0])
         self._wait_for_batch()
         if len(self.batches) > 1:
             self.start_sparse_data_dist(self.batches[1], self.contexts[1])
-        self.enqueue_batch(given)
 
-    def after_lookup(self) -> None:
+    def send(self) -> None:
+        """The ids of the next step; once."""
         if len(self.batches) > 1:
             self.wait_sparse_data_dist(self.contexts[1])
 
-    end_step = TrainPipelineSparseDist.dequeue_batch
+    def end_step(self) -> None:
+        self.send()
+        self.dequeue_batch()
 
 
 class _Prefetching(PrefetchTrainPipelineSparseDist[_Looked, None]):  # type: ignore[misc]
@@ -121,19 +138,20 @@ class _Prefetching(PrefetchTrainPipelineSparseDist[_Looked, None]):  # type: ign
     FBGEMM brings this step's update to them wherever they are by then.
     """
 
-    def begin_step(self, given: Iterator[_Looked]) -> None:
+    def begin_step(self) -> None:
         self._set_module_context(self.contexts[0])
         torch.cuda.current_stream().wait_stream(self._prefetch_stream)
         self.batches[0].record_stream(torch.cuda.current_stream())
-        self.enqueue_batch(given)
         if len(self.batches) > 1:
             self.wait_sparse_data_dist(self.contexts[1])
 
-    def after_lookup(self) -> None:
-        if len(self.batches) > 1:
+    def send(self) -> None:
+        """The rows of the next step into the cache; once."""
+        if len(self.batches) > 1 and self.contexts[1].input_dist_tensors_requests:
             self._prefetch(self.contexts[1])
 
     def end_step(self) -> None:
+        self.send()
         if len(self.batches) > 2:
             self.start_sparse_data_dist(self.batches[2], self.contexts[2])
         self.dequeue_batch()

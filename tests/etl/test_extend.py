@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from etl.artifact import sha256
 from etl.cli import app
 from etl.engines.vocabulary import grown
 from etl.experiment_file import parse
@@ -298,9 +299,13 @@ def test_the_command_says_what_came_and_repeats_nothing(folder: Path) -> None:
     code, said = etl("--extend", "nowhere")
     assert code == 2 and "nowhere/manifest.json: got no such file" in said and "Traceback" not in said
     manifest = json.loads(Path("d1/manifest.json").read_text())
-    Path("d1/manifest.json").write_text(json.dumps({key: manifest[key] for key in manifest if key != "counted"}))
-    code, said = etl(*day2)
-    assert code == 2 and "an older version made it" in said
+    file, content = manifest["counted"][0]["files"][0]
+    without = {key: manifest[key] for key in manifest if key != "counted"}
+    for older in ({}, {"counted": [manifest["counted"][0] | {"files": [[file, sha256(Path(file))]]}]}):
+        Path("d1/manifest.json").write_text(json.dumps(without | older))
+        code, said = etl(*day2)
+        assert code == 2 and "an older version made it" in said
+    assert content.startswith("xxh3:")
 
 
 def test_a_fault_on_the_way_leaves_both_folders(folder: Path) -> None:

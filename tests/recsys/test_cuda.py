@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,8 @@ def cached_losses(*, placement: str, ahead: bool) -> tuple[list[float], dict[str
         batches = [run.batch(step) for step in range(1, 4 * STEPS)]
         ids_ahead = IdsAhead(run.sharded, clock=Clock()) if ahead else None
         losses = []
-        for step, _ in enumerate(ids_ahead.batches(iter(batches)) if ids_ahead else batches, start=1):
+        epochs = [ids_ahead.batches(iter(part)) if ids_ahead else part for part in (batches[:STEPS], batches[STEPS:])]
+        for step, _ in enumerate(chain(*epochs), start=1):
             losses.append(run.step(step))
             if step % 2:
                 with ids_ahead.paused() if ids_ahead else nullcontext():
