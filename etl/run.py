@@ -1,11 +1,8 @@
 """The ETL job: stage typed raw rows, fit on the training rows alone, encode every split, write the folder at once."""
 
-import contextlib
-import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
@@ -16,10 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from polars.exceptions import PolarsError
 
-from etl.artifact import Json, lost_files, new_folder, read_json, sha256, write_json
+from etl.artifact import Json, lost_files, new_folder, read_json, write_json
 from etl.engines import Encode, Engine, Fitted, open_engine
 from etl.engines.compiled import CompiledVocabulary
 from etl.engines.native import load
@@ -31,7 +27,8 @@ from etl.formats import files
 from etl.nulls import DenseNulls
 from etl.reader import Part
 from etl.schema import GROUP, WEIGHT, DenseFeature, Schema, TaskColumn
-from etl.spec import Etl, FeatureSpec, Task
+from etl.shards import Finished, Shards
+from etl.spec import FeatureSpec, Task
 from etl.splits import SPLITS
 from etl.stage import stage
 from etl.threads import ahead, in_order
@@ -50,7 +47,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
     with (
         new_folder(out, marker="manifest.json") as folder,
         open_engine(spec.etl, beside=folder) as engine,
-        _Finished() as finished,
+        Finished() as finished,
     ):
         Thread(target=load).start()  # while labels are read
         raw_files, seen = _raw_files(spec), finished.beside(partial(training, spec))
@@ -73,7 +70,7 @@ def run(spec: FeatureSpec, out: Path, *, report: Report, parent: Parent | None =
         encoders = {split: engine.encoder(split, rows, transform=transform) for split, rows in typed.items()}
         encoded = _encoded(spec, _parts(typed, encoders), schema=schema, folder=folder)
         for split, rows in groupby(encoded, key=attrgetter("split")):
-            shards = _Shards(folder / split, spec.etl, finished=finished)
+            shards = Shards(folder / split, spec.etl, finished=finished)
             stats[split] = _write(rows, typed[split], schema=schema, shards=shards, report=report)
         shutil.rmtree(raw)
         _refuse_changed(raw_files, spec)
@@ -207,7 +204,7 @@ def _encoded(spec: FeatureSpec, parts: Iterable[_Part], *, schema: Schema, folde
     return in_order(encoded, ahead(parts), beside=1)
 
 
-def _write(encoded: Iterable[_Encoded], split: Typed, *, schema: Schema, shards: "_Shards", report: Report) -> Json:
+def _write(encoded: Iterable[_Encoded], split: Typed, *, schema: Schema, shards: Shards, report: Report) -> Json:
     """Writes one split's shards in row order; counts rows, missing and unseen values by feature."""
     stage, names = f"encode {shards.folder.name}", [feature.name for feature in schema.features]
     missing, unseen = np.zeros((2, len(names)), np.int64)
@@ -229,93 +226,3 @@ def _write(encoded: Iterable[_Encoded], split: Typed, *, schema: Schema, shards:
         "label_parts": split.labels.parts,
         "files": split.files,
     }
-
-
-class _Shards:
-    """`part-00000.parquet` and on in a new folder, each of at most `rows_per_shard` rows, in full row groups."""
-
-    def __init__(self, folder: Path, etl: Etl, *, finished: "_Finished") -> None:
-        folder.mkdir()
-        self.rows, self.folder = 0, folder
-        self._etl, self._finished = etl, finished
-        self._writer: pq.ParquetWriter | None = None
-        self._waiting: list[pa.Table] = []
-        self._left = 0
-
-    def write(self, table: pa.Table) -> None:
-        while table.num_rows:
-            if not self._left:
-                self._next(table.schema)
-            full = min(self._etl.rows_per_group, self._left)
-            head = table.slice(0, full - sum(part.num_rows for part in self._waiting))
-            table = table.slice(head.num_rows)
-            self._waiting.append(head)
-            self.rows += head.num_rows
-            if sum(part.num_rows for part in self._waiting) == full:
-                self._flush()
-
-    def _flush(self) -> None:
-        """Writes what waits as one row group."""
-        if self._waiting:
-            group, self._waiting = pa.concat_tables(self._waiting), []
-            self._writer.write_table(group, row_group_size=group.num_rows)  # type: ignore[union-attr]
-            self._left -= group.num_rows
-
-    def _next(self, schema: pa.Schema) -> None:
-        self.close()
-        self._writer, self._left = _writer(self._path(self.rows), schema), self._etl.rows_per_shard
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._flush()
-            self._writer.close()
-            self._finished.add(self._path(self.rows - 1))
-
-    def _path(self, row: int) -> Path:
-        """The shard that holds the row."""
-        return self.folder / f"part-{row // self._etl.rows_per_shard:05d}.parquet"
-
-
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Ids in as few bits as each block of them needs: as small as compressed, and read in a third of the time."""
-    columns = {f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name: f.type for f in schema}
-    whole = {name: pa.types.is_int64(getattr(kind, "value_type", kind)) for name, kind in columns.items()}
-    return pq.ParquetWriter(
-        path,
-        schema,
-        compression={name: "none" if ids else "snappy" for name, ids in whole.items()},
-        use_dictionary=False,
-        write_statistics=False,
-        column_encoding={name: "DELTA_BINARY_PACKED" for name, ids in whole.items() if ids},
-    )
-
-
-class _Finished(contextlib.ExitStack):
-    """Syncs files to disk and describes them, beside the work on the next ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._pool = self.enter_context(ThreadPoolExecutor(1))
-        self._described: dict[Path, Future[Json]] = {}
-
-    def beside(self, job: Callable[[], Json]) -> Future[Json]:
-        """Runs a job beside the work."""
-        return self._pool.submit(job)
-
-    def add(self, *paths: Path) -> None:
-        """Files that no one will change."""
-        self._described |= {path: self._pool.submit(_described, path) for path in paths}
-
-    def files(self, folder: Path) -> dict[str, Json]:
-        """Every file of the folder, described."""
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        self.add(*(path for path in paths if path not in self._described))
-        return {path.relative_to(folder).as_posix(): self._described[path].result() for path in paths}
-
-
-def _described(path: Path) -> Json:
-    """Size and hash of a file that is on disk now, and rows where it is parquet."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    entry: Json = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    return entry | ({"rows": pq.ParquetFile(path).metadata.num_rows} if path.suffix == ".parquet" else {})

@@ -155,21 +155,17 @@ def _log1p(x: np.float64, log: np.float64) -> np.float64:
     return (x - (above - 1.0)) / above + log
 
 
-@_inline
-def _scaled(filled: Float64s, logs: Float64s, settings: Float64s, scaled: Float64s | Float32s) -> None:
-    mean, std, log = settings[0], settings[1], settings[2]
-    for i in range(len(filled)):
-        x = _log1p(filled[i], logs[i]) if log else filled[i]
-        scaled[i] = (x - mean) / std
-
-
 @loop(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _INT)
 def scale64(
     filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float64s, size_at: Int64s
 ) -> None:
     """Scales numbers, or log(1 + x) of them where the third setting is not 0; the others are mean and deviation."""
     size = carray(size_at, (1,))[0]
-    _scaled(carray(filled_at, size), carray(logs_at, size), carray(settings_at, (3,)), carray(scaled_at, size))
+    filled, logs, scaled = carray(filled_at, size), carray(logs_at, size), carray(scaled_at, size)
+    mean, std, log = carray(settings_at, (3,))
+    for i in range(size):
+        x = _log1p(filled[i], logs[i]) if log else filled[i]
+        scaled[i] = (x - mean) / std
 
 
 @loop(_NUMBER, _NUMBER, _NUMBER, numba.float32, _INT)
@@ -178,7 +174,11 @@ def scale32(
 ) -> None:
     """The same, rounded to float32."""
     size = carray(size_at, (1,))[0]
-    _scaled(carray(filled_at, size), carray(logs_at, size), carray(settings_at, (3,)), carray(scaled_at, size))
+    filled, logs, scaled = carray(filled_at, size), carray(logs_at, size), carray(scaled_at, size)
+    mean, std, log = carray(settings_at, (3,))
+    for i in range(size):
+        x = _log1p(filled[i], logs[i]) if log else filled[i]
+        scaled[i] = (x - mean) / std
 
 
 LOOPS: tuple[CFunc, ...] = (put, look_up, count, fill, scale64, scale32)

@@ -70,11 +70,11 @@ class IdsAhead:
         batch = batch.to(self._device)
         return _Looked(batch, self._network.lookups(batch.ids_BS))
 
-    def _looked_up(self, tables: nn.Module, given: Any, pooled: Any) -> Any:
+    def _looked_up(self, *hooked: Any) -> Any:
         if self._pipeline is None or not torch.is_grad_enabled():
             return None
         self._clock.lap("lookup")
-        rows = pooled.wait()
+        rows = hooked[-1].wait()  # what the tables answer
         if self._device.type == "cpu":
             self._pipeline.send()
         self._clock.lap("comm")
