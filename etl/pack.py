@@ -80,12 +80,6 @@ def part(packed: Packed, signature: Signature, *, names: Collection[str]) -> Pac
     return Packed(packed.keys[:, places[0]], packed.numbers[:, places[1]])
 
 
-def beside(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Matrices [B, ...] side by side, stored column by column: columns are what is read and written."""
-    joined: npt.NDArray[Any] = np.concatenate([part.T for part in parts])
-    return joined.T
-
-
 def encode(raw: pa.Table, transform: Transform, *, place: str, checked: bool = False) -> Encoded:
     """Packs and transforms raw rows; `checked` as for `pack_checked`.
 

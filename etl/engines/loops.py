@@ -155,17 +155,23 @@ def _log1p(x: np.float64, log: np.float64) -> np.float64:
     return (x - (above - 1.0)) / above + log
 
 
-@loop(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _INT)
-def scale64(
-    filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float64s, size_at: Int64s
-) -> None:
-    """Scales numbers, or log(1 + x) of them where the third setting is not 0; the others are mean and deviation."""
+@_inline
+def _scale(scaled_at: Float64s | Float32s, given: tuple[Float64s, Float64s, Float64s, Int64s]) -> None:
+    filled_at, logs_at, settings_at, size_at = given
     size = carray(size_at, (1,))[0]
     filled, logs, scaled = carray(filled_at, size), carray(logs_at, size), carray(scaled_at, size)
     mean, std, log = carray(settings_at, (3,))
     for i in range(size):
         x = _log1p(filled[i], logs[i]) if log else filled[i]
         scaled[i] = (x - mean) / std
+
+
+@loop(_NUMBER, _NUMBER, _NUMBER, _NUMBER, _INT)
+def scale64(
+    filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float64s, size_at: Int64s
+) -> None:
+    """Scales numbers, or log(1 + x) of them where the third setting is not 0; the others are mean and deviation."""
+    _scale(scaled_at, (filled_at, logs_at, settings_at, size_at))
 
 
 @loop(_NUMBER, _NUMBER, _NUMBER, numba.float32, _INT)
@@ -173,12 +179,7 @@ def scale32(
     filled_at: Float64s, logs_at: Float64s, settings_at: Float64s, scaled_at: Float32s, size_at: Int64s
 ) -> None:
     """The same, rounded to float32."""
-    size = carray(size_at, (1,))[0]
-    filled, logs, scaled = carray(filled_at, size), carray(logs_at, size), carray(scaled_at, size)
-    mean, std, log = carray(settings_at, (3,))
-    for i in range(size):
-        x = _log1p(filled[i], logs[i]) if log else filled[i]
-        scaled[i] = (x - mean) / std
+    _scale(scaled_at, (filled_at, logs_at, settings_at, size_at))
 
 
 LOOPS: tuple[CFunc, ...] = (put, look_up, count, fill, scale64, scale32)

@@ -39,6 +39,11 @@ def run(line: list[str], *, folder: Path) -> str:
     return done.stdout
 
 
+def write_scripts(folder: Path, served: Served) -> None:
+    for file, text in (("pack.py", PACK), ("grpc_example.py", GRPC)):
+        (folder / file).write_text(at(text, served))
+
+
 def at(text: str, served: Served) -> str:
     """With the server's addresses, and time for a busy machine."""
     text = text.replace("127.0.0.1:8000", served.http).replace("127.0.0.1:8001", served.url)
@@ -62,8 +67,7 @@ def test_plain_http_and_plain_grpc_score_as_offline(
 ) -> None:
     served: Served = request.getfixturevalue(f"{name}_served")
     golden = (exported if name == "tiny" else lists_bundle) / "golden"
-    for file, text in (("pack.py", PACK), ("grpc_example.py", GRPC)):
-        (tmp_path / file).write_text(at(text, served))
+    write_scripts(tmp_path, served)
     lines = (golden / "requests.jsonl").read_text().splitlines()[:32]
     kept = pq.read_table(golden / "scores.parquet").slice(0, 32)
     wanted = np.stack([kept[task].to_numpy() for task in kept.column_names if task != "ids"], axis=1)
@@ -79,8 +83,7 @@ def test_plain_http_and_plain_grpc_score_as_offline(
 @pytest.mark.triton
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_plain_http_and_plain_grpc_rank_as_the_client(lists_served: Served, lists_bundle: Path, tmp_path: Path) -> None:
-    for file, text in (("pack.py", PACK), ("grpc_example.py", GRPC)):
-        (tmp_path / file).write_text(at(text, lists_served))
+    write_scripts(tmp_path, lists_served)
     rows = [json.loads(line) for line in (lists_bundle / "golden" / "requests.jsonl").read_text().splitlines()[:9]]
     parts = (read_bundle(lists_bundle).serve.user, set(rows[0]) - set(read_bundle(lists_bundle).serve.user))
     user, items = ([{name: row[name] for name in part} for row in rows] for part in parts)

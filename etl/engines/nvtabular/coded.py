@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from etl.engines import place_of
 from etl.engines.nvtabular.plan import Plan
 from etl.engines.nvtabular.prepare import unmarked
-from etl.pack import beside, finite, pack
+from etl.pack import finite, pack
 from etl.transform import MISSING_NUMBER, NO_KEY, Encoded, Float64s, Int64s, Signature, State, Transform
 
 FIRST_CODE = 3
@@ -77,8 +77,8 @@ class Coded:
         values = [v for step in self._features if (v := self._values(step, coded, weights=weights)) is not None]
         rows = [np.where(row == NO_KEY, -1, np.maximum(row, 0)) for row in ids]
         with np.errstate(over="ignore"):  # it becomes infinity
-            floats = beside([none, *dense, *values]).astype(np.float32)
-        encoded = Encoded(beside([none.astype(np.int64), *rows]), floats, zeros, unseen)
+            floats = _beside([none, *dense, *values]).astype(np.float32)
+        encoded = Encoded(_beside([none.astype(np.int64), *rows]), floats, zeros, unseen)
         place = place_of(self._split, first=first, rows=raw.num_rows)
         return finite(encoded, self._transform, place=place)
 
@@ -135,3 +135,9 @@ def _of_encodings(transform: Transform) -> Transform:
     columns = {name: transform.signature.columns[name] for name in keys}
     signature = Signature(columns, keys, (), {}, ()).as_json()
     return Transform({"signature": signature, "features": [], "dense": steps}, {}, encodings=transform.encodings)
+
+
+def _beside(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Matrices [B, ...] side by side, stored column by column: columns are what is read and written."""
+    joined: npt.NDArray[Any] = np.concatenate([part.T for part in parts])
+    return joined.T
