@@ -68,12 +68,12 @@ def train(
         from recsys.progress import quiet_libraries, watch
 
         quiet_libraries()
-        from recsys.machine import keep_memory, slow_precision
+        from recsys.machine import keep_memory, slow_precision, slow_tables
         from recsys.train import train as run_training
 
         found = _load(experiment, set_)
         keep_memory()
-        if note := slow_precision(found.train):
+        for note in filter(None, (slow_precision(found.train), slow_tables(found.train))):
             print(note, file=sys.stderr)
         out = Path("out") / found.name
         run = run or out / "run"

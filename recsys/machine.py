@@ -5,6 +5,7 @@ import ctypes
 import torch
 
 from recsys.experiment import Train
+from recsys.parallel.kernels import library
 
 _MALLOC = {-1: 512 << 20, -3: 128 << 20}
 """malloc.h: M_TRIM_THRESHOLD, so much may lie free; M_MMAP_THRESHOLD, from this size on memory goes back at once."""
@@ -15,6 +16,14 @@ def slow_precision(settings: Train) -> str | None:
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if settings.precision == "bf16" and settings.device == "cpu" and not fast:
         return "train.precision = 'bf16': this CPU has neither avx512_bf16 nor amx, fp32 will be several times faster"
+    return None
+
+
+def slow_tables(settings: Train) -> str | None:
+    """A sentence where tables will be looked up and moved on one core of a CPU."""
+    if settings.device == "cpu" and library() is None:
+        remedy = "install the project again where it finds a C compiler ($CC) for all of them"
+        return f"tables: no compiled loops beside recsys/parallel/kernels.c, so one core does their work; {remedy}"
     return None
 
 

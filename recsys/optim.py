@@ -92,12 +92,17 @@ def update(
             _ftrl(settings, weights, g=g, squares=states[0], linear=states[1])
 
 
+def adam_step(settings: OptimizerSettings, step: int) -> tuple[float, float]:
+    """Adam's learning rate and eps at a step, both with its bias correction: what is left are the running means."""
+    correction = math.sqrt(1 - settings.beta2**step)
+    eps = settings.eps if settings.eps_hat else settings.eps * correction
+    return settings.learning_rate * correction / (1 - settings.beta1**step), eps
+
+
 def _adam(settings: OptimizerSettings, weights: Tensor, *, g: Tensor, mean: Tensor, square: Tensor, step: int) -> None:
     mean.lerp_(g, 1 - settings.beta1)
     square.mul_(settings.beta2).addcmul_(g, g, value=1 - settings.beta2)
-    correction = math.sqrt(1 - settings.beta2**step)
-    eps = settings.eps if settings.eps_hat else settings.eps * correction
-    rate = settings.learning_rate * correction / (1 - settings.beta1**step)
+    rate, eps = adam_step(settings, step)
     weights.addcdiv_(mean, square.sqrt().add_(eps), value=-rate)
 
 

@@ -60,6 +60,7 @@ def digest(root: Path, version: str) -> str:
         (root / "requirements/cpu.lock").read_bytes(),
         (root / "requirements/torch.txt").read_bytes(),
         re.split(r"(?m)^\[tool\.", pyproject)[0].encode(),
+        (root / "recsys/parallel/kernels.c").read_bytes(),
         version.encode(),
         str(root).encode(),
     ]

@@ -1,10 +1,10 @@
-"""Optimizers of table rows that FBGEMM's fused kernels lack, and regularisation of rows.
+"""Optimizers of table rows that FBGEMM's fused kernels lack, or run on one core; and regularisation of rows.
 
-The tables stay FBGEMM's, with their lookup and their place in the plan and in checkpoints; only what happens to a
-gradient is ours: duplicates are added up, then `recsys.optim.update` moves the rows that the step touched (or all).
+The tables stay FBGEMM's, with their place in the plan and in checkpoints; what happens to a gradient is ours:
+duplicates are added up, then the rows that the step touched move (or all), by `recsys/parallel/kernels.py` or in torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch.nn.functional import embedding_bag
 
 from recsys.experiment import Embedding
 from recsys.optim import OptimizerSettings, scaled, start_states, state_count, update
+from recsys.parallel.kernels import Lookup, Mover, Rule, fits, rule
 
 _PLACES = {EmbeddingLocation.HOST: "host", EmbeddingLocation.DEVICE: "dev", EmbeddingLocation.MANAGED: "uvm"}
 
@@ -79,7 +80,7 @@ class RowOptimizer:
             for group in groups:
                 group.move(indices, offsets, gradient_BD=gradient_BD, optimizer=self)
 
-        take_over(tables, tables.placeholder_autograd_tensor, move=move)
+        take_over(tables, tables.placeholder_autograd_tensor, move=move, lookup=_lookup_of(tables))
 
     def second_beside(self, first: Tensor) -> Tensor:
         """The second states of the rows whose first states are `first`, a view of an FBGEMM module's memory."""
@@ -98,7 +99,15 @@ def hold(tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:
     Their lookups still take part in the backward pass: a rank that holds frozen tables alone has to enter the exchange
     of gradients.
     """
-    take_over(tables, tables.placeholder_autograd_tensor, move=lambda indices, offsets, *, gradient_BD: None)
+
+    def stay(indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> None:
+        """Moves nothing."""
+
+    take_over(tables, tables.placeholder_autograd_tensor, move=stay, lookup=_lookup_of(tables))
+
+
+def _lookup_of(tables: SplitTableBatchedEmbeddingBagsCodegen) -> Lookup | None:
+    return Lookup(tables) if fits(tables) else None
 
 
 class Move(Protocol):
@@ -107,16 +116,16 @@ class Move(Protocol):
     def __call__(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> None: ...
 
 
-def take_over(tables: nn.Module, anchor: Tensor, *, move: Move) -> None:
-    """Gives the backward pass of an FBGEMM module to `move`.
+def take_over(tables: nn.Module, anchor: Tensor, *, move: Move, lookup: Lookup | None = None) -> None:
+    """Gives the backward pass of an FBGEMM module to `move`, and perhaps the forward pass to `lookup`.
 
     `anchor` is a tensor that needs a gradient, without which autograd would leave the lookup out.
     """
-    lookup = tables.forward
+    look_up = lookup or tables.forward
 
     def forward(indices: Tensor, offsets: Tensor, *rest: Any, **named: Any) -> Tensor:
         with torch.no_grad():
-            rows_BD = lookup(indices, offsets, *rest, **named)
+            rows_BD = look_up(indices, offsets, *rest, **named)
         if not torch.is_grad_enabled():
             return torch.as_tensor(rows_BD)
 
@@ -144,38 +153,48 @@ class _Lookup(Function):
 
 class RowGroup:
     """Neighbouring tables of one row width in one memory of an FBGEMM module, as a matrix [R, W], with states of the
-    same shape."""
+    same shape, or [R, 1] where that is how FBGEMM keeps the first."""
 
     def __init__(
         self, tables: SplitTableBatchedEmbeddingBagsCodegen, own: list[int], *, embedding: Embedding, vector: int
     ) -> None:
-        _, width, location, _ = tables.embedding_specs[own[0]]
+        rows, width = sum(tables.embedding_specs[at][0] for at in own), tables.embedding_specs[own[0]][1]
         self.parts = parts_of(embedding, vector=vector, width=width)
         l2_W = l2_of(embedding, vector=vector, width=width)
         self._whole_l2 = l2_W is not None and embedding.l2_scope == "table"
         self._every = self._whole_l2 or embedding.update == "all"
+        self.weights_RW = _matrix(tables, own, name="weights", rows=rows, width=width)
+        self.l2_W = None if l2_W is None else l2_W.to(self.weights_RW.device)
+        self.states = list(self._states_of(tables, own, embedding=embedding))
+        self.second_RW = self.states[1] if len(self.states) > 1 else None
+        own_features = [at for at, table in enumerate(tables.feature_table_map) if table in own]
         offsets = {at: int(tables.weights_physical_offsets[at]) for at in own}
-        begin, end = min(offsets.values()), max(offsets[at] + tables.embedding_specs[at][0] * width for at in own)
-        if end - begin != sum(tables.embedding_specs[at][0] for at in own) * width:
-            raise RuntimeError(f"tables of width {width} do not lie side by side: {tables.embedding_specs}")
-        self.weights_RW, first_RW = (
-            getattr(tables, f"{name}_{_PLACES[location]}").detach()[begin:end].view(-1, width)
-            for name in ("weights", "momentum1")
-        )
-        self.l2_W = None if l2_W is None else l2_W.to(first_RW.device)
-        two_states = max(state_count(embedding), state_count(embedding.linear or embedding)) > 1
-        spilled = location == EmbeddingLocation.MANAGED
-        self.second_RW = (_spilled_zeros if spilled else torch.zeros_like)(first_RW) if two_states else None
-        self.states = [first_RW] if self.second_RW is None else [first_RW, self.second_RW]
-        own_features = [at for at, table in enumerate(tables.feature_table_map) if table in offsets]
-        bases = [(offsets[tables.feature_table_map[at]] - begin) // width for at in own_features]
-        self.base_F = torch.tensor(bases, device=first_RW.device)
+        bases = [(offsets[tables.feature_table_map[at]] - min(offsets.values())) // width for at in own_features]
+        self.base_F = torch.tensor(bases, device=self.weights_RW.device)
         self.features = slice(own_features[0], own_features[-1] + 1)
         if len(own_features) != self.features.stop - self.features.start:
             raise RuntimeError(f"features of width {width} do not stand side by side: {own_features}")
         ends = torch.as_tensor(tables.D_offsets).tolist()
         self.columns = slice(ends[self.features.start], ends[self.features.stop])
+        self._mover: Mover | None = None
+        if fits(tables) and not self._every:
+            begin = self.columns.start
+            self._mover = Mover(self.weights_RW, self.states, base_F=self.base_F, column=begin, l2_W=self.l2_W)
         self.start()
+
+    def _states_of(
+        self, tables: SplitTableBatchedEmbeddingBagsCodegen, own: list[int], *, embedding: Embedding
+    ) -> Iterator[Tensor]:
+        """The first where FBGEMM has it, the second in a memory of the same kind."""
+        fused, (rows, width) = not needs_own_rows(embedding), self.weights_RW.shape
+        if fused and embedding.optimizer == "sgd":
+            return
+        one = fused and embedding.rowwise
+        first = _matrix(tables, own, name="momentum1", rows=rows, width=1 if one else width)
+        yield first
+        if max(state_count(embedding), state_count(embedding.linear or embedding)) > 1:
+            spilled = tables.embedding_specs[own[0]][2] == EmbeddingLocation.MANAGED
+            yield (_spilled_zeros if spilled else torch.zeros_like)(first)
 
     def start(self) -> None:
         """States where training begins, from the weights as they are."""
@@ -185,6 +204,10 @@ class RowGroup:
 
     def move(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor, optimizer: RowOptimizer) -> None:
         """One step by the gradient [B, D] of what was looked up: at most one id a feature and row of the batch."""
+        if self._mover:
+            bounds, rules = self._bounds(offsets, gradient_BD), self._rules(optimizer)
+            self._mover.move(indices, bounds, gradient_BD=gradient_BD, rules=rules)
+            return
         rows_I, gradient_GW, place_I = self._gradients(indices, offsets, gradient_BD=gradient_BD)
         touched_R, gradient_RW = summed(rows_I, gradient_GW, place_I=place_I)
         if self.l2_W is not None and not self._whole_l2:
@@ -209,10 +232,21 @@ class RowGroup:
             states = states[: state_count(settings)]
             update(settings, weights, gradients=gradients, states=states, step=optimizer.step)
 
+    def _rules(self, optimizer: RowOptimizer) -> list[Rule]:
+        return [
+            rule(scaled(part.settings, optimizer.rate), start=part.start, stop=part.stop, step=optimizer.step)
+            for part in self.parts
+        ]
+
+    def _bounds(self, offsets: Tensor, gradient_BD: Tensor) -> Tensor:
+        """Where the ids of this group's features begin and end, of each row of the batch [F * B + 1]."""
+        size = len(gradient_BD)
+        return offsets.view(-1)[self.features.start * size : self.features.stop * size + 1]
+
     def _gradients(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For each id that was looked up its row of the matrix [I]; gradients [G, W] and where each id's stands [I]."""
         size, width, features = gradient_BD.shape[0], self.weights_RW.shape[1], len(self.base_F)
-        bounds = offsets.view(-1)[self.features.start * size : self.features.stop * size + 1]
+        bounds = self._bounds(offsets, gradient_BD)
         first, last = int(bounds[0]), int(bounds[-1])
         rows_I = indices[first:last] + self.base_F.repeat_interleave(bounds[::size].diff())
         gradient_GW = gradient_BD[:, self.columns].reshape(-1, width)
@@ -233,6 +267,20 @@ def summed(rows_I: Tensor, gradient_GW: Tensor, *, place_I: Tensor) -> tuple[Ten
     touched_R, count_R = torch.unique_consecutive(sorted_I, return_counts=True)
     starts_R = count_R.cumsum(0) - count_R
     return touched_R, embedding_bag(place_I[order_I], gradient_GW.contiguous(), starts_R, mode="sum")
+
+
+def _matrix(
+    tables: SplitTableBatchedEmbeddingBagsCodegen, own: list[int], *, name: str, rows: int, width: int
+) -> Tensor:
+    """What an FBGEMM module keeps of neighbouring tables under this name, [rows, width]."""
+    place = _PLACES[tables.embedding_specs[own[0]][2]]
+    offsets = [int(getattr(tables, f"{name}_physical_offsets")[at]) for at in own]
+    sizes = [tables.embedding_specs[at][0] * width for at in own]
+    begin = min(offsets)
+    if max(at + size for at, size in zip(offsets, sizes, strict=True)) - begin != rows * width:
+        raise RuntimeError(f"tables of width {width} do not lie side by side: {tables.embedding_specs}")
+    memory: Tensor = getattr(tables, f"{name}_{place}").detach()
+    return memory[begin : begin + rows * width].view(rows, width)
 
 
 def _spilled_zeros(like: Tensor) -> Tensor:

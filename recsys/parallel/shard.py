@@ -21,6 +21,7 @@ from etl.schema import Schema
 from recsys.experiment import Embedding, Experiment
 from recsys.network import Network, init_rows
 from recsys.parallel.cached import Cached, is_cached
+from recsys.parallel.kernels import fits
 from recsys.parallel.plan import make_plan, place_tables
 from recsys.parallel.replicated import ReplicatedRows
 from recsys.parallel.rows import RowOptimizer, hold, needs_own_rows
@@ -148,7 +149,7 @@ def _agreed(make: Callable[[], ShardingPlan], *, world: World) -> ShardingPlan:
 
 def _with_optimizers(model: DistributedModelParallel, embedding: Embedding, *, vectors: dict[str, int]) -> Sharded:
     """Attaches what moves rows beside FBGEMM's fused optimizers, to tables that are filled by now."""
-    rows = RowOptimizer(embedding) if needs_own_rows(embedding) else None
+    rows, own = RowOptimizer(embedding), needs_own_rows(embedding)
     replicated = []
     for kernel in _kernels(model):
         shards = kernel.config.embedding_tables
@@ -156,12 +157,12 @@ def _with_optimizers(model: DistributedModelParallel, embedding: Embedding, *, v
             replicated.append(ReplicatedRows(kernel, vectors, embedding=embedding))
         elif any(embedding.of(table.name).frozen for table in shards):
             hold(kernel.emb_module)
-        elif rows:
+        elif own or fits(kernel.emb_module):
             rows.attach(kernel.emb_module, [_vector_of(table, vectors[table.name]) for table in shards])
         else:
             _start_accumulators(kernel.emb_module, embedding)
     cached = tuple(Cached(kernel.emb_module) for kernel in _kernels(model) if is_cached(kernel.emb_module))
-    return Sharded(model, rows, tuple(replicated), cached)
+    return Sharded(model, rows if rows.groups else None, tuple(replicated), cached)
 
 
 def _kernels(model: nn.Module) -> Iterator[Any]:

@@ -1,15 +1,18 @@
 """What is said where a machine lacks something, and what is asked of it."""
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from recsys import machine
 from recsys.experiment import Experiment
-from recsys.machine import slow_precision
+from recsys.machine import slow_precision, slow_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +24,20 @@ def test_emulated_bf16_is_told(monkeypatch: pytest.MonkeyPatch, experiment: Call
     assert slow_precision(experiment().train) is None
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert slow_precision(experiment(train={"precision": "bf16"}).train) is None
+
+
+def test_tables_on_one_core_are_told(monkeypatch: pytest.MonkeyPatch, experiment: Callable[..., Experiment]) -> None:
+    settings = experiment().train
+    monkeypatch.setattr(machine, "library", lambda: object())
+    assert slow_tables(settings) is None
+    monkeypatch.setattr(machine, "library", lambda: None)
+    assert "C compiler" in (slow_tables(settings) or "")
+    assert slow_tables(settings.model_copy(update={"device": "cuda"})) is None
+
+
+@pytest.mark.skipif(shutil.which(sysconfig.get_config_var("CC").split()[0]) is None, reason="no C compiler")
+def test_an_installation_with_a_compiler_has_the_loops() -> None:
+    assert machine.library() is not None
 
 
 def test_what_tensors_give_back_is_kept() -> None:

@@ -1,4 +1,4 @@
-"""Sharded tables, moved by FBGEMM or by our own optimizers, against plain tables, autograd and a loop over rows."""
+"""Sharded tables, moved by FBGEMM, compiled loops or torch, against plain tables, autograd and a loop over rows."""
 
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from recsys.learner import dense_optimizer
 from recsys.models import MODELS
 from recsys.models.head import ModelConfig
 from recsys.optim import DenseOptimizer, OptimizerSettings, start_states, state_count, update
+from recsys.parallel import kernels
 from recsys.parallel.rows import RowOptimizer, needs_own_rows, summed
 from recsys.parallel.shard import Sharded, shard
 from recsys.parallel.world import World, open_world
@@ -42,9 +43,12 @@ WIDE_AND_DEEP = OPTIMIZERS["adagrad"] | {"linear": FTRL}
 L2 = {"l2": 0.05, "linear_l2": 0.2}
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["cpu", "cpu without loops", pytest.param("cuda", marks=pytest.mark.gpu)])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    with open_world(request.param) as alone:
+    device, *without = request.param.split(" ", 1)
+    with open_world(device) as alone, pytest.MonkeyPatch.context() as patch:
+        if without:
+            patch.setattr(kernels, "library", lambda: None)
         yield alone
 
 
@@ -332,6 +336,7 @@ def test_states_lie_where_the_rows_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(
         embedding_specs=[(3, 8, EmbeddingLocation.DEVICE, None), (2, 8, EmbeddingLocation.MANAGED, None)],
         weights_physical_offsets=[0, 0],
+        momentum1_physical_offsets=[0, 0],
         feature_table_map=[0, 1],
         D_offsets=torch.tensor([0, 8, 16]),
         placeholder_autograd_tensor=torch.zeros(0),

@@ -36,6 +36,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "project"
     shutil.copytree(ROOT / "requirements", root / "requirements")
     shutil.copy(ROOT / "pyproject.toml", root)
+    shutil.copytree(ROOT / "recsys/parallel", root / "recsys/parallel", ignore=shutil.ignore_patterns("*.py", "_*"))
     monkeypatch.setenv("PYTHON", fake_python(tmp_path / "python3.11", WHOLE))
     monkeypatch.setattr(setup, "machine_faults", lambda root: [])
     return root
@@ -241,6 +242,13 @@ def test_the_digest_covers_dependencies_but_not_the_tools(project: Path) -> None
     pyproject.write_text(pyproject.read_text().replace('"typer>=0.15"', '"typer>=0.16"'))
     assert setup.digest(project, "3.11.7") != before
     assert setup.digest(project, "3.11.8") != setup.digest(project, "3.11.7")
+
+
+def test_the_digest_covers_what_is_compiled(project: Path) -> None:
+    before = setup.digest(project, "3.11.7")
+    with (project / "recsys/parallel/kernels.c").open("a") as source:
+        source.write("/* other loops */\n")
+    assert setup.digest(project, "3.11.7") != before
 
 
 def test_a_second_set_up_waits_and_finds_it_done(
