@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl.data_spec import History
+from etl.origin import ROW
 from etl.transform import MISSING_KEY, Int64s
-
-ROW = "row:"
 
 
 class HistoryLog:

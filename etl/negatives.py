@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from etl.data_spec import Negatives
 from etl.faults import Fault
-from etl.histories import ROW
+from etl.origin import ROW
 from etl.pack import text_keys
 from etl.reader import USER
 from etl.transform import MISSING_KEY, Int64s, mix

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 
 from etl.artifact import Json, read_json
 from etl.faults import Fault
-from etl.histories import ROW
+
+ROW = "row:"
+"""The column that numbers all rows of the raw files while they are staged."""
 
 _FOLDER = "origin"
 _SCHEMA = pa.schema([pa.field(ROW, pa.int64(), nullable=False)])

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl.formats import files, row_total
-from etl.histories import ROW, HistoryLog
+from etl.histories import HistoryLog
 from etl.negatives import Sampler
-from etl.origin import OriginWriter, origin_path
+from etl.origin import ROW, OriginWriter, origin_path
 from etl.pack import ARROW, inner_type
 from etl.reader import SPLIT, Part, Reader
 from etl.spec import FeatureSpec

@@ -27,6 +27,13 @@ def slow_tables(settings: Train) -> str | None:
     return None
 
 
+def give_back_memory() -> None:
+    """Gives the kernel what the C library kept, where that is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def keep_memory() -> None:
     """Lets the C library keep what tensors give back for the next ones of their size, instead of the kernel.
 

@@ -18,6 +18,7 @@ from recsys.evaluate import evaluate_model, write_predictions
 from recsys.experiment import EarlyStop, Experiment
 from recsys.failure import LossGuard, passed_unseen, refuse_broken
 from recsys.learner import Learner
+from recsys.machine import give_back_memory
 from recsys.metrics import Metrics
 from recsys.parallel.pipeline import IdsAhead
 from recsys.parallel.shard import training_plan
@@ -167,6 +168,7 @@ class Trainer:
             result[split], table = self._scores(split)
             if self.world.rank == 0:
                 write_predictions(self.run, split, table=table)
+        give_back_memory()  # of batches: counts take its place
         uses = table_uses(self.schema, self.splits["train"].groups, world=self.world)
         if self.world.rank == 0:
             write_json(self.run / "tables.json", {name: use.model_dump() for name, use in uses.items()})

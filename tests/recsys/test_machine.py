@@ -46,6 +46,31 @@ def test_what_tensors_give_back_is_kept() -> None:
     assert _pages("keep_memory()") < 1000 < _pages("pass")
 
 
+def test_what_was_kept_is_given_back() -> None:
+    code = """
+import psutil, torch
+from recsys.machine import give_back_memory, keep_memory
+keep_memory()
+parts = [torch.ones(10 << 20, dtype=torch.uint8) for _ in range(20)]
+guard = torch.ones(1 << 10)
+del parts
+kept = psutil.Process().memory_info().rss
+give_back_memory()
+print(kept - psutil.Process().memory_info().rss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 150 << 20
+
+
+def test_training_loads_no_library_of_the_etl() -> None:
+    """Polars takes 35 MB of memory, matplotlib 30."""
+    code = (
+        "import sys, recsys.train; print([name for name in ('polars', 'matplotlib', 'numba') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def _pages(first: str) -> int:
     code = f"""
 import ctypes, resource, torch
