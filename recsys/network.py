@@ -44,6 +44,7 @@ class Network(nn.Module):
         self.program: Dense | None = None  # made of `score_rows`, which it stands for
         self._names = [name for name, _ in layout.slots]
         self._every_slot_filled = all(run.plain for run in layout.runs)
+        self._columns_in_order = layout.columns == tuple(range(len(layout.columns)))
         self._order: tuple[Tensor, Tensor] | None = None
         self._l2 = (embedding.l2, embedding.first_order_l2) if embedding.l2_scope == "activations" else (0.0, 0.0)
         self.register_buffer("columns", torch.tensor(layout.columns, dtype=torch.int64), persistent=False)
@@ -82,7 +83,8 @@ class Network(nn.Module):
 
     def lookups(self, ids_BS: Tensor) -> KeyedJaggedTensor:
         """One id or none for each slot and row, slot after slot: bags are pooled outside of the tables."""
-        ids_SB = ids_BS.index_select(1, self.columns).t()
+        every = self._columns_in_order and ids_BS.shape[1] == len(self._names)
+        ids_SB = (ids_BS if every else ids_BS.index_select(1, self.columns)).t()
         if self._every_slot_filled:
             values = ids_SB.reshape(-1)
             return KeyedJaggedTensor(self._names, values, lengths=torch.ones_like(values, dtype=torch.int32))

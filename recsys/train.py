@@ -123,7 +123,8 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """One update of tables (inside the backward pass) and dense weights."""
         p = self.progress
-        torch.manual_seed(seed_of(p.seed, p.step, self.world.rank))
+        draws = torch.default_generator if self.world.device.type == "cpu" else torch  # which seeds all, in 0.5 ms
+        draws.manual_seed(seed_of(p.seed, p.step, self.world.rank))
         self.guard.step = p.step + 1
         table_step = p.steps_before + p.step + 1
         self._loss += self.learner.update(batch.to(self.world.device), step=table_step, guard=self.guard)
