@@ -30,7 +30,7 @@ from recsys.parallel.world import World
 
 __all__ = ["Sharded", "ShardingPlan", "shard", "training_plan"]
 
-_FILL_ROWS = 1 << 20  # drawn at once
+_FILL_ROWS = 1 << 17  # drawn at once
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
