@@ -25,6 +25,8 @@ import sys
 import tempfile
 import time
 import venv
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -176,7 +178,15 @@ def install(folder: Path, packages: list[str]) -> None:
 
 
 def write_rows(folder: Path, rows: int, *, text: str, tables: dict[str, int], history: bool) -> None:
-    """A dataset folder and, beside it, the experiment file that trains on it, of this text."""
+    """A dataset folder and, beside it, the experiment file that trains on it, of this text.
+
+    Written by a process of its own: Linux counts the largest memory of a process from that of its parent.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:
+        own.submit(_write_rows, folder, rows, text=text, tables=tables, history=history).result()
+
+
+def _write_rows(folder: Path, rows: int, *, text: str, tables: dict[str, int], history: bool) -> None:
     sys.path.insert(0, str(ROOT))
     from etl.experiment_file import load
     from etl.schema import DenseFeature, IdFeature, Schema, Table, TaskColumn
