@@ -67,5 +67,5 @@ chaos: setup  ## kill training 100 times at random: the same end each time, and 
 	@$(PYTHON_VENV) benchmarks/chaos.py $(ARGS)
 
 clean:  ## remove .venv, out/ and caches
-	rm -rf .venv .venv-cudf .setup.lock out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf .venv .venv-cudf .setup.lock out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage recsys/parallel/_kernels*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,10 +20,10 @@ def slow_precision(settings: Train) -> str | None:
 
 
 def slow_tables(settings: Train) -> str | None:
-    """A sentence where tables will be looked up and moved on one core of a CPU."""
+    """A sentence where FBGEMM will look up tables on one core of a CPU."""
     if settings.device == "cpu" and library() is None:
-        remedy = "install the project again where it finds a C compiler ($CC) for all of them"
-        return f"tables: no compiled loops beside recsys/parallel/kernels.c, so one core does their work; {remedy}"
+        remedy = "with a C compiler that has OpenMP ($CC), 'pip install --no-deps --no-build-isolation -e .' makes them"
+        return f"tables: recsys/parallel/kernels.c was not compiled, so one core looks rows up: slower; {remedy}"
     return None
 
 

@@ -61,6 +61,7 @@ def digest(root: Path, version: str) -> str:
         (root / "requirements/torch.txt").read_bytes(),
         re.split(r"(?m)^\[tool\.", pyproject)[0].encode(),
         (root / "recsys/parallel/kernels.c").read_bytes(),
+        "".join(re.findall(r"(?ms)^\[\[tool\.setuptools\.ext-modules\]\].*?(?=^\[)", pyproject)).encode(),
         version.encode(),
         str(root).encode(),
     ]
@@ -165,6 +166,8 @@ def build(root: Path, interpreter: Interpreter) -> None:
     elif venv.exists():
         shutil.rmtree(str(venv))
     venv.mkdir()
+    for compiled in (root / "recsys/parallel").glob("_kernels*.so"):
+        compiled.unlink()  # where they can't be compiled anew, none is better than old ones
     for name, command in steps(root, interpreter.executable):
         with progress(name):
             call(command, venv / "setup.log")

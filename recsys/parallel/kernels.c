@@ -1,6 +1,6 @@
 /* Looks rows of embedding tables up and moves them, on all cores; recsys/parallel/kernels.py calls it.
 
-   Built with OpenMP it shares the threads that torch has. No sum depends on their number: the gradients of a row are
+   Built with GNU's OpenMP it shares the threads that torch's wheels have. No sum depends on their number: the gradients of a row are
    added up in the order of its ids. */
 
 #include <math.h>
@@ -8,7 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define MOST_THREADS 64
+#define VERSION 1 /* changes with what the loops take or do, here and in kernels.py */
+#define MOST_THREADS 128
 #define DIGIT_BITS 11
 #define DIGITS (1 << DIGIT_BITS)
 #define AHEAD 8 /* entries between a row's prefetch and its use */
@@ -248,7 +249,7 @@ void move(const struct group *g, const struct rule *rules, int64_t parts, const 
 }
 
 /* What the caller has to agree with. */
-int64_t sizes(void)
+int64_t version(void)
 {
-    return sizeof(struct tables) << 32 | sizeof(struct group) << 16 | sizeof(struct rule);
+    return VERSION;
 }

@@ -1,7 +1,8 @@
 """Lookups and updates of fp32 rows in host memory on all cores, by the loops of `kernels.c`.
 
-The installation compiles them where it finds a C compiler. Without them FBGEMM looks rows up, and it or `recsys.optim`
-moves them, with results equal within rounding. FBGEMM's wheels for CPUs are built without OpenMP: they use one core.
+The installation compiles them where it finds a C compiler with OpenMP. Without them FBGEMM looks rows up, and it or
+`recsys.optim` moves them, with results equal within rounding. FBGEMM's wheels for CPUs are built without OpenMP: they
+use one core.
 """
 
 import ctypes
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from recsys.optim import OptimizerSettings, adam_step
 
+VERSION = 1  # of kernels.c
 _KINDS = ("sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "ftrl")
 _LIMIT = 1 << 32  # of rows, and of floats of a gradient: both share 64 bits in the sort
 
@@ -46,7 +48,7 @@ class Rule(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled loops, where the installation has them.
+    """The compiled loops, where the installation has them and they load.
 
     Raises:
         RuntimeError: they are not those of this version.
@@ -54,10 +56,12 @@ def library() -> ctypes.CDLL | None:
     found = find_spec("recsys.parallel._kernels")
     if found is None or found.origin is None:
         return None
-    loops = ctypes.CDLL(found.origin)
-    sizes = [ctypes.sizeof(kind) for kind in (_Tables, _Group, Rule)]
-    loops.sizes.restype = loops.look_up.restype = ctypes.c_int64
-    if loops.sizes() != sizes[0] << 32 | sizes[1] << 16 | sizes[2]:
+    try:
+        loops = ctypes.CDLL(found.origin)
+    except OSError:  # made on another machine: for a newer C library, or an OpenMP that is not here
+        return None
+    loops.version.restype = loops.look_up.restype = ctypes.c_int64
+    if loops.version() != VERSION:
         raise RuntimeError(f"{found.origin} was compiled for another version: install the project again")
     return loops
 

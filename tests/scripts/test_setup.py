@@ -248,7 +248,19 @@ def test_the_digest_covers_what_is_compiled(project: Path) -> None:
     before = setup.digest(project, "3.11.7")
     with (project / "recsys/parallel/kernels.c").open("a") as source:
         source.write("/* other loops */\n")
-    assert setup.digest(project, "3.11.7") != before
+    other = setup.digest(project, "3.11.7")
+    assert other != before
+    pyproject = project / "pyproject.toml"
+    pyproject.write_text(pyproject.read_text().replace('"-O3", ', ""))
+    assert setup.digest(project, "3.11.7") != other
+
+
+def test_old_loops_go_before_new_ones_are_compiled(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = project / "recsys/parallel/_kernels.cpython-311.so"
+    old.touch()
+    monkeypatch.setattr(setup, "steps", steps_of())
+    assert setup.set_up(project, check_only=False) == 0
+    assert not old.exists()
 
 
 def test_a_second_set_up_waits_and_finds_it_done(
