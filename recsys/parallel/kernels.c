@@ -1,7 +1,7 @@
 /* Looks rows of embedding tables up and moves them, on all cores; recsys/parallel/kernels.py calls it.
 
-   Built with GNU's OpenMP it shares the threads that torch's wheels have. No sum depends on their number: the gradients of a row are
-   added up in the order of its ids. */
+   Built with GNU's OpenMP it shares the threads that torch's wheels have. No sum depends on their number: the gradients
+   of a row are added up in the order of its ids. */
 
 #include <math.h>
 #include <omp.h>

@@ -158,15 +158,14 @@ class RowGroup:
     def __init__(
         self, tables: SplitTableBatchedEmbeddingBagsCodegen, own: list[int], *, embedding: Embedding, vector: int
     ) -> None:
-        rows, width = sum(tables.embedding_specs[at][0] for at in own), tables.embedding_specs[own[0]][1]
+        width = tables.embedding_specs[own[0]][1]
         self.parts = parts_of(embedding, vector=vector, width=width)
         l2_W = l2_of(embedding, vector=vector, width=width)
         self._whole_l2 = l2_W is not None and embedding.l2_scope == "table"
         self._every = self._whole_l2 or embedding.update == "all"
-        self.weights_RW = _matrix(tables, own, name="weights", rows=rows, width=width)
+        self.weights_RW = _matrix(tables, own, name="weights", width=width)
         self.l2_W = None if l2_W is None else l2_W.to(self.weights_RW.device)
         self.states = list(self._states_of(tables, own, embedding=embedding))
-        self.second_RW = self.states[1] if len(self.states) > 1 else None
         own_features = [at for at, table in enumerate(tables.feature_table_map) if table in own]
         offsets = {at: int(tables.weights_physical_offsets[at]) for at in own}
         bases = [(offsets[tables.feature_table_map[at]] - min(offsets.values())) // width for at in own_features]
@@ -186,15 +185,20 @@ class RowGroup:
         self, tables: SplitTableBatchedEmbeddingBagsCodegen, own: list[int], *, embedding: Embedding
     ) -> Iterator[Tensor]:
         """The first where FBGEMM has it, the second in a memory of the same kind."""
-        fused, (rows, width) = not needs_own_rows(embedding), self.weights_RW.shape
+        fused = not needs_own_rows(embedding)
         if fused and embedding.optimizer == "sgd":
             return
-        one = fused and embedding.rowwise
-        first = _matrix(tables, own, name="momentum1", rows=rows, width=1 if one else width)
+        width = 1 if fused and embedding.rowwise else self.weights_RW.shape[1]
+        first = _matrix(tables, own, name="momentum1", width=width)
         yield first
         if max(state_count(embedding), state_count(embedding.linear or embedding)) > 1:
             spilled = tables.embedding_specs[own[0]][2] == EmbeddingLocation.MANAGED
             yield (_spilled_zeros if spilled else torch.zeros_like)(first)
+
+    @property
+    def second_RW(self) -> Tensor | None:
+        """The states that FBGEMM has no place for."""
+        return self.states[1] if len(self.states) > 1 else None
 
     def start(self) -> None:
         """States where training begins, from the weights as they are."""
@@ -269,18 +273,16 @@ def summed(rows_I: Tensor, gradient_GW: Tensor, *, place_I: Tensor) -> tuple[Ten
     return touched_R, embedding_bag(place_I[order_I], gradient_GW.contiguous(), starts_R, mode="sum")
 
 
-def _matrix(
-    tables: SplitTableBatchedEmbeddingBagsCodegen, own: list[int], *, name: str, rows: int, width: int
-) -> Tensor:
-    """What an FBGEMM module keeps of neighbouring tables under this name, [rows, width]."""
+def _matrix(tables: SplitTableBatchedEmbeddingBagsCodegen, own: list[int], *, name: str, width: int) -> Tensor:
+    """What an FBGEMM module keeps of neighbouring tables under this name, [R, width]."""
     place = _PLACES[tables.embedding_specs[own[0]][2]]
     offsets = [int(getattr(tables, f"{name}_physical_offsets")[at]) for at in own]
     sizes = [tables.embedding_specs[at][0] * width for at in own]
     begin = min(offsets)
-    if max(at + size for at, size in zip(offsets, sizes, strict=True)) - begin != rows * width:
+    if max(at + size for at, size in zip(offsets, sizes, strict=True)) - begin != sum(sizes):
         raise RuntimeError(f"tables of width {width} do not lie side by side: {tables.embedding_specs}")
     memory: Tensor = getattr(tables, f"{name}_{place}").detach()
-    return memory[begin : begin + rows * width].view(rows, width)
+    return memory[begin : begin + sum(sizes)].view(-1, width)
 
 
 def _spilled_zeros(like: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ print(kept - psutil.Process().memory_info().rss)
 
 
 def test_training_loads_no_library_of_the_etl() -> None:
-    """Polars takes 35 MB of memory, matplotlib 30."""
+    """Polars takes 20 MB of memory, matplotlib 30."""
     code = (
         "import sys, recsys.train; print([name for name in ('polars', 'matplotlib', 'numba') if name in sys.modules])"
     )
