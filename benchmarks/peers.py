@@ -10,7 +10,8 @@ Not alike: the peers move all rows of the tables with dense Adam each step; ours
 by row-wise Adagrad (the default) or Adam (`ours_adam`). deepctr-torch's default L2 of the tables is on; fuxictr clips
 the gradient norm over all parameters and embeds the numbers too (16 % more flops in the MLP), and converts the
 parquet file to npz before it starts. All sides compute in fp32 unless `--precision bf16` asks ours for bf16;
-`--compile` makes one program of our dense part, at the first step, so within the warm-up.
+`--compile` makes one program of our dense part, at the first step, so within the warm-up. With `--device cuda` all
+sides compute on one GPU, and the peers wait for it at the end of each step.
 
 The libraries are installed into environments of their own below `--cache` the first time. The last line is a JSON
 object of the ratios of rows/s (medians over the rounds).
@@ -52,11 +53,12 @@ OWN = {"ours": [], "ours_adam": ["embedding.optimizer=adam", "embedding.learning
 LIMIT = """
 import sys, time, torch
 torch.set_num_threads(2)
-best = 0.0
+best, wait = 0.0, torch.cuda.synchronize if sys.argv[2] == "cuda" else lambda: None
 for size, times in ((2048, 12), (4096, 3)):
-    a, b = (torch.randn(size, size).to(getattr(torch, sys.argv[1])) for _ in range(2))
+    a, b = (torch.randn(size, size, device=sys.argv[2]).to(getattr(torch, sys.argv[1])) for _ in range(2))
     for _ in range(times):
-        start = time.perf_counter(); a @ b; best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e9)
+        wait(); start = time.perf_counter(); a @ b; wait()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e9)
 print(best)
 """
 """Prints GFLOP/s: the fastest of the large square products of one type."""
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="times that each side runs")
     parser.add_argument("--sides", nargs="+", default=[*OWN, *PACKAGES], choices=[*OWN, *PACKAGES])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="of our dense part")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", action="store_true", help="our dense part as one program")
     parser.add_argument("--cache", type=Path, default=ROOT / "out" / "peers", help="where the libraries are installed")
     parser.add_argument("--quick", action="store_true", help="one round of DeepFM, batch 1024: shows that it works")
@@ -99,7 +102,7 @@ def compare(folder: Path, model: str, *, batch_size: int, options: argparse.Name
     write_rows(folder / "data", batch_size * STEPS[batch_size][1], text=text, tables=TABLES, history=model == "din")
     limit, runs = 0.0, dict[str, list[Run]]((side, []) for side in options.sides)
     for _ in range(options.rounds):
-        limit = max(limit, gemm_limit(options.precision))
+        limit = max(limit, gemm_limit(options.precision, device=options.device))
         for side, found in runs.items():
             found.append(one_run(side, folder, model=model, batch_size=batch_size, options=options))
     rates = {side: median(run.rows_per_second for run in found) for side, found in runs.items()}
@@ -119,9 +122,9 @@ def compare(folder: Path, model: str, *, batch_size: int, options: argparse.Name
     return figures
 
 
-def gemm_limit(precision: str) -> float:
+def gemm_limit(precision: str, *, device: str) -> float:
     """GFLOP/s of large square products in the precision of our dense part."""
-    line = [sys.executable, "-c", LIMIT, {"fp32": "float32", "bf16": "bfloat16"}[precision]]
+    line = [sys.executable, "-c", LIMIT, {"fp32": "float32", "bf16": "bfloat16"}[precision], device]
     return float(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
 
 
@@ -132,12 +135,13 @@ def one_run(side: str, folder: Path, *, model: str, batch_size: int, options: ar
     if side in PACKAGES:
         del environment["PYTHONPATH"]
         python = str(options.cache.resolve() / side / "bin" / "python")
-        line = [python, str(HERE / f"run_{side}.py"), str(data), model, str(batch_size)]
+        line = [python, str(HERE / f"run_{side}.py"), str(data), model, str(batch_size), options.device]
         printed, gigabytes = timed(line, folder=folder, environment=environment)
         ends = json.loads(printed.splitlines()[-1])
         return Run((len(ends) - warm_up) * batch_size / (ends[-1] - ends[warm_up - 1]), gigabytes)
     shutil.rmtree(folder / "run", ignore_errors=True)
-    sets = [f"train.batch_size={batch_size}", f"train.log_every_steps={warm_up}", *OWN[side]]
+    sets = [f"train.batch_size={batch_size}", f"train.log_every_steps={warm_up}", f"train.device={options.device}"]
+    sets += OWN[side]
     sets += ["train.compile=true"] if options.compile else []
     line = [sys.executable, "-m", "recsys", "train", str(folder / "data.toml"), "--data", str(data), "--run-dir", "run"]
     _, gigabytes = timed(

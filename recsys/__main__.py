@@ -3,6 +3,12 @@
 import os
 import sys
 
+# glibc reads this where a process begins. What it caches of small pieces of memory lies between those of tensors, which
+# then do not come together again: a tenth of a GB more at a batch of 4096.
+if sys.argv[1:2] == ["train"] and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
+    os.execv(sys.executable, sys.orig_argv)
+
 # Before torch loads OpenMP: threads without work wait less busily, and leave a core to the one that reads batches.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

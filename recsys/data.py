@@ -7,7 +7,7 @@ decodes its share of a window's row groups, not all of them.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,13 +21,14 @@ import torch
 from etl.artifact import read_json
 from etl.faults import Fault
 from etl.origin import raw_place
-from etl.schema import GROUP, WEIGHT, Schema, read_schema
+from etl.schema import Schema, read_schema
 from recsys.ahead import ahead
-from recsys.shards import REMEDY, Int64s, RowGroup, Rows, check_ids, fill, row_groups, values_of
+from recsys.shards import REMEDY, Int64s, RowGroup, Rows, check_ids, fill, row_groups
 
 _WINDOW_GROUPS = 16
-WINDOW_BYTES = 96 << 20
+WINDOW_BYTES = 64 << 20
 """Row groups in memory at once: as many as these bytes hold, at least one and at most 16."""
+_COLUMNS = 8  # read at once
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Batch:
     numbers_B: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same rows on a device, copied without waiting."""
-        ids_BS, groups_BG = (t.to(device, non_blocking=True) for t in (self.ids_BS, self.groups_BG))
-        floats = (self.floats_BN, self.labels_BT, self.real_B, self.weights_BT)
-        floats_BN, labels_BT, real_B, weights_BT = (t.to(device, non_blocking=True) for t in floats)
-        return Batch(ids_BS, floats_BN, labels_BT, groups_BG, real_B, weights_BT, self.global_rows, self.numbers_B)
+        """The same rows on a device; without waiting where they are `pinned`."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same rows in memory that a GPU reads by itself."""
+        return self._moved(torch.Tensor.pin_memory)
 
     def uncounted(self) -> "Batch":
         """The same rows, none of which counts."""
@@ -64,6 +66,11 @@ class Batch:
         """The same rows as so many batches, each of the same `global_rows`."""
         size = -(-len(self.ids_BS) // count)
         return [self._rows(slice(at, at + size)) for at in range(0, len(self.ids_BS), size)]
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        ids_BS, floats_BN, labels_BT = move(self.ids_BS), move(self.floats_BN), move(self.labels_BT)
+        groups_BG, real_B, weights_BT = move(self.groups_BG), move(self.real_B), move(self.weights_BT)
+        return Batch(ids_BS, floats_BN, labels_BT, groups_BG, real_B, weights_BT, self.global_rows, self.numbers_B)
 
     def _rows(self, which: slice) -> "Batch":
         floats = (self.floats_BN[which], self.labels_BT[which], self.groups_BG[which])
@@ -108,10 +115,10 @@ def open_dataset(folder: Path, data_hash: str) -> Schema:
 
 
 class Split:
-    """The rows of one split."""
+    """The rows of one split; batches are `pinned` where they go to a GPU."""
 
-    def __init__(self, folder: Path, schema: Schema) -> None:
-        self._schema, self._folder = schema, folder
+    def __init__(self, folder: Path, schema: Schema, *, pinned: bool = False) -> None:
+        self._schema, self._folder, self._pinned = schema, folder, pinned
         self.groups = row_groups(folder)
         self.rows = sum(group.rows for group in self.groups)
 
@@ -174,37 +181,25 @@ class Split:
         end = 0
         for group in groups:
             start, end = end, end + group.rows
-            self._decode(group, read.take(slice(start, end)))
-        pa.default_memory_pool().release_unused()  # some 30 MB, which Arrow would keep for the next window
+            self._decode(group, read.part(start, end))
+            pa.default_memory_pool().release_unused()  # what Arrow would keep for the next one
         return read
 
     def _decode(self, group: RowGroup, into: Rows) -> None:
-        schema, file = self._schema, pq.ParquetFile(group.file)
-        of_ids = [f"{feature.name}:value" for feature in schema.features if feature.weighted]
-        groups, weights = [GROUP] if schema.group else [], [WEIGHT] if schema.weight else []
-        names = [*schema.id_names, *schema.dense_names, *of_ids, *schema.task_names, *groups, *weights]
+        """Some columns after others: all of a row group at once would take as much memory again."""
+        file, targets = pq.ParquetFile(group.file), list(into.targets(self._schema))
+        names = [target.name for target in targets]
         if absent := sorted(set(names) - set(file.schema_arrow.names)):
             raise Fault(str(group.file), got=f"no column {', '.join(absent)}", wanted="the schema's", remedy=REMEDY)
-        table = file.read_row_group(group.index, columns=names, use_threads=False)
-        for at, name in enumerate(schema.dense_names):
-            into.floats_RN[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
-        at = len(schema.dense)
-        for feature, end in zip(schema.features, schema.slot_ends, strict=True):
-            ids = into.ids_RS[:, end - feature.slots : end]
-            fill(ids, table, name=feature.name, place=group.file, dtype=pa.int64())
-            check_ids(ids, feature, rows=schema.rows(feature.table), place=f"{group.file}: column '{feature.name}'")
-            if feature.weighted:
-                values = into.floats_RN[:, at : at + feature.slots]
-                fill(values, table, name=f"{feature.name}:value", place=group.file, dtype=pa.float32())
-                at += feature.slots
-        for at, name in enumerate(schema.task_names):
-            into.labels_RT[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
-        for at, name in enumerate(groups):
-            into.groups_RG[:, at] = values_of(table, name, place=group.file, dtype=pa.int64())
-        for at, name in enumerate(weights):
-            into.weights_RW[:, at] = values_of(table, name, place=group.file, dtype=pa.float32())
-        self._check_finite(into.floats_RN, schema.float_names, first=group.first)
-        self._check_finite(into.labels_RT, schema.task_names, first=group.first)
+        for at in range(0, len(names), _COLUMNS):
+            table = file.read_row_group(group.index, columns=names[at : at + _COLUMNS], use_threads=False)
+            for name, into_RL, feature in targets[at : at + _COLUMNS]:
+                values = fill(into_RL, table[name], place=group.file, name=name)
+                if feature:
+                    rows = self._schema.rows(feature.table)
+                    check_ids(values, feature, rows=rows, place=f"{group.file}: column '{name}'")
+        self._check_finite(into.floats_RN, self._schema.float_names, first=group.first)
+        self._check_finite(into.labels_RT, self._schema.task_names, first=group.first)
         into.numbers_R[:] = np.arange(group.first, group.first + group.rows)
 
     def _batch(self, rows: Rows, mine: Slice, *, real: int, global_rows: int) -> Batch:
@@ -218,7 +213,8 @@ class Split:
         for at, task in enumerate(self._schema.tasks):
             if task.given is not None:
                 weights[:, at] *= labels[:, self._schema.task_names.index(task.given)]
-        return Batch(ids, floats, labels, groups, real_B, weights, global_rows, numbers)
+        batch = Batch(ids, floats, labels, groups, real_B, weights, global_rows, numbers)
+        return batch.pinned() if self._pinned else batch
 
     def _check_finite(self, values: npt.NDArray[np.float32], names: Sequence[str], *, first: int) -> None:
         if not np.isfinite(values).all():

@@ -12,7 +12,7 @@ from recsys.compiled import compile_dense
 from recsys.data import Batch
 from recsys.experiment import Experiment, Train
 from recsys.loss import head_penalty, mean_loss, penalised_layers
-from recsys.models.layers import FirstOrder
+from recsys.models.linear import FirstOrder
 from recsys.network import Network, Scored, build_network
 from recsys.optim import DenseOptimizer, OptimizerSettings
 from recsys.parallel.shard import ShardingPlan, shard, training_plan

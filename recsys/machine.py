@@ -7,8 +7,9 @@ import torch
 from recsys.experiment import Train
 from recsys.parallel.kernels import library
 
-_MALLOC = {-1: 512 << 20, -3: 128 << 20}
-"""malloc.h: M_TRIM_THRESHOLD, so much may lie free; M_MMAP_THRESHOLD, from this size on memory goes back at once."""
+_MALLOC = {-1: 512 << 20, -3: 128 << 20, -8: 1}
+"""malloc.h: M_TRIM_THRESHOLD, so much may lie free; M_MMAP_THRESHOLD, from this size on memory goes back at once;
+M_ARENA_MAX, threads share one heap."""
 
 
 def slow_precision(settings: Train) -> str | None:

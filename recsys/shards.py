@@ -1,5 +1,6 @@
 """Parquet shards of one split: their row groups, and what they hold as arrays."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from etl.faults import Fault
-from etl.schema import IdFeature, Schema
+from etl.schema import GROUP, WEIGHT, IdFeature, Schema
 
 REMEDY = "run 'python -m etl run' again"
 Int64s = npt.NDArray[np.int64]
+_INT32_ROWS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,24 @@ class RowGroup:
     """The number of its first row, counted in file order over all files of the split."""
 
 
+class Target(NamedTuple):
+    """A column of the files, and where its values belong [R, slots]; the feature whose ids they are."""
+
+    name: str
+    into_RL: npt.NDArray[Any]
+    feature: IdFeature | None = None
+
+
 class Rows(NamedTuple):
-    """Rows in memory: ids int64 [R, S], floats float32 [R, N], labels float32 [R, T], groups int64 [R, 1 or 0],
+    """Rows in memory: ids [R, S], floats float32 [R, N], labels float32 [R, T], groups int64 [R, 1 or 0],
     weights float32 [R, 1 or 0].
 
+    Ids of a batch are int64 and lie feature after feature, as lookups want them; those that are taken from lie row by
+    row, and are int32 where no table has more rows.
     `numbers_R` int64 counts the rows of the split in file order.
     """
 
-    ids_RS: Int64s
+    ids_RS: npt.NDArray[np.int32] | Int64s
     floats_RN: npt.NDArray[np.float32]
     labels_RT: npt.NDArray[np.float32]
     groups_RG: Int64s
@@ -44,8 +56,10 @@ class Rows(NamedTuple):
     @classmethod
     def empty(cls, schema: Schema, rows: int) -> "Rows":
         """Rows to be filled: no ids and values of 0 so far, labels and the like not set."""
+        small = all(table.rows <= _INT32_ROWS for table in schema.tables)
+        shape = rows, schema.slot_ends[-1] if schema.features else 0
         return cls(
-            np.full((rows, schema.slot_ends[-1] if schema.features else 0), -1, np.int64),
+            np.full(shape, -1, np.int32) if small else np.full(shape, -1, np.int64),
             np.zeros((rows, len(schema.float_names)), np.float32),
             np.empty((rows, len(schema.tasks)), np.float32),
             np.empty((rows, 1 if schema.group else 0), np.int64),
@@ -58,9 +72,31 @@ class Rows(NamedTuple):
         """What one row takes."""
         return sum(part.nbytes for part in cls.empty(schema, 1))
 
-    def take(self, which: Int64s | slice) -> "Rows":
-        """Some of the rows; those of a slice stay where they are."""
-        return Rows._make(part[which] for part in self)
+    def targets(self, schema: Schema) -> Iterator[Target]:
+        """Which columns of a file these rows are made of."""
+        end = len(schema.dense)
+        for at, name in enumerate(schema.dense_names):
+            yield Target(name, self.floats_RN[:, at : at + 1])
+        for feature, stop in zip(schema.features, schema.slot_ends, strict=True):
+            yield Target(feature.name, self.ids_RS[:, stop - feature.slots : stop], feature)
+            if feature.weighted:
+                start, end = end, end + feature.slots
+                yield Target(f"{feature.name}:value", self.floats_RN[:, start:end])
+        for at, name in enumerate(schema.task_names):
+            yield Target(name, self.labels_RT[:, at : at + 1])
+        if schema.group:
+            yield Target(GROUP, self.groups_RG)
+        if schema.weight:
+            yield Target(WEIGHT, self.weights_RW)
+
+    def part(self, start: int, stop: int) -> "Rows":
+        """Neighbouring rows, where they are."""
+        return Rows._make(part[start:stop] for part in self)
+
+    def take(self, which_B: Int64s) -> "Rows":
+        """A copy of some of the rows, as batches have them."""
+        taken = Rows._make(part.take(which_B, axis=0) for part in self)
+        return taken._replace(ids_RS=taken.ids_RS.astype(np.int64, order="F"))
 
 
 def row_groups(folder: Path) -> list[RowGroup]:
@@ -80,34 +116,34 @@ def row_groups(folder: Path) -> list[RowGroup]:
     return found
 
 
-def values_of(table: pa.Table, name: str, *, place: Path, dtype: pa.DataType) -> npt.NDArray[Any]:
-    """One column of single values. Raises Fault where it has another type, or nulls."""
-    column = table[name]
-    if column.type != dtype or column.null_count:
-        got = f"column '{name}' of {column.type} with {column.null_count} nulls"
-        raise Fault(str(place), got=got, wanted=f"{dtype} without nulls", remedy=REMEDY)
-    values: npt.NDArray[Any] = column.to_numpy()
+def fill(into_RL: npt.NDArray[Any], column: pa.ChunkedArray, *, place: Path, name: str) -> npt.NDArray[Any]:
+    """Single values, or lists from the left: int64 into whole numbers of any size, else float32.
+
+    Returns the values as they are in the file, which the caller has to check where they are ids.
+
+    Raises:
+        Fault: another type, nulls, or too long a list.
+    """
+    dtype, lists = pa.int64() if into_RL.dtype.kind == "i" else pa.float32(), pa.types.is_list(column.type)
+    whole = pa.concat_arrays(column.chunks)
+    flat = whole.flatten() if lists else whole
+    nulls = column.null_count + (flat.null_count if lists else 0)
+    if flat.type != dtype or nulls:
+        got = f"column '{name}' of {column.type} with {nulls} nulls"
+        raise Fault(str(place), got=got, wanted=f"{dtype} without nulls, or lists of it", remedy=REMEDY)
+    values: npt.NDArray[Any] = flat.to_numpy()
+    if not lists:
+        into_RL[:, 0] = values
+        return values
+    lengths = np.diff(np.asarray(whole.offsets))
+    if lengths.max(initial=0) > into_RL.shape[1]:
+        got = f"column '{name}' with a list of {lengths.max()}"
+        raise Fault(str(place), got=got, wanted=f"at most {into_RL.shape[1]}", remedy=REMEDY)
+    into_RL[np.arange(into_RL.shape[1]) < lengths[:, None]] = values
     return values
 
 
-def fill(into: npt.NDArray[Any], table: pa.Table, *, name: str, place: Path, dtype: pa.DataType) -> None:
-    """A column into [R, slots]: single values, or lists from the left. Raises Fault as `values_of`."""
-    column = table[name]
-    if not pa.types.is_list(column.type):
-        into[:, 0] = values_of(table, name, place=place, dtype=dtype)
-        return
-    lists = pa.concat_arrays(column.chunks)
-    lengths = np.diff(np.asarray(lists.offsets))
-    if column.type.value_type != dtype or column.null_count or lists.flatten().null_count:
-        got = f"column '{name}' of {column.type}, or nulls in it"
-        raise Fault(str(place), got=got, wanted=f"lists of {dtype} without nulls", remedy=REMEDY)
-    if lengths.max(initial=0) > into.shape[1]:
-        got = f"column '{name}' with a list of {lengths.max()}"
-        raise Fault(str(place), got=got, wanted=f"at most {into.shape[1]}", remedy=REMEDY)
-    into[np.arange(into.shape[1]) < lengths[:, None]] = lists.flatten().to_numpy()
-
-
-def check_ids(ids: npt.NDArray[np.int64], feature: IdFeature, *, rows: int, place: str) -> None:
+def check_ids(ids: Int64s, feature: IdFeature, *, rows: int, place: str) -> None:
     """Raises Fault where an id is no row of its table; -1, no id, may stand in lists."""
     lowest = -1 if feature.dtype == "list<int64>" else 0
     if len(ids) and (int(ids.min()) < lowest or int(ids.max()) >= rows):

@@ -1,6 +1,6 @@
 """Trains one model with deepctr-torch's own loop; prints the seconds at which its optimizer's steps ended, as JSON.
 
-    python run_deepctr.py DATA MODEL BATCH_SIZE
+    python run_deepctr.py DATA MODEL BATCH_SIZE cpu|cuda
 
 DATA holds `train/part.parquet` and `schema.json`. Everything is the library's default but the widths: Adam over all
 rows, L2 of 1e-5 on the tables (1e-6 in DIN), fp32.
@@ -22,7 +22,7 @@ HIDDEN, DIM = (400, 400, 400), 16
 
 def main() -> None:
     """One epoch of `fit`."""
-    data, model_name, batch_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    data, model_name, batch_size, device = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(2)
     schema = json.loads((data / "schema.json").read_text())
     table = pq.read_table(data / "train" / "part.parquet")
@@ -44,24 +44,30 @@ def main() -> None:
     for feature in schema["dense"]:
         columns.append(DenseFeat(feature["name"], 1))
         values[feature["name"]] = table[feature["name"]].to_numpy()
-    model = built(model_name, columns)
+    model = built(model_name, columns, device=device)
     model.compile("adam", "binary_crossentropy")
     ends: list[float] = []
-    model.optim.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+
+    def note_end(*_: object) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    model.optim.register_step_post_hook(note_end)
     model.fit(values, table["label"].to_numpy(), batch_size=batch_size, epochs=1, verbose=0)
     print(json.dumps(ends))
 
 
-def built(name: str, columns: list) -> torch.nn.Module:
+def built(name: str, columns: list, *, device: str) -> torch.nn.Module:
     """The library's model of that name."""
     if name == "din":  # it finds the history of a candidate by the prefix
         names = [column.name.removeprefix("hist_") for column in columns if isinstance(column, VarLenSparseFeat)]
-        return DIN(columns, names, dnn_hidden_units=HIDDEN, att_hidden_size=(36,), att_activation="relu")
+        return DIN(columns, names, dnn_hidden_units=HIDDEN, att_hidden_size=(36,), att_activation="relu", device=device)
     if name == "pnn1":
-        return PNN(columns, dnn_hidden_units=HIDDEN)
+        return PNN(columns, dnn_hidden_units=HIDDEN, device=device)
     if name == "dcn":
-        return DCN(columns, columns, cross_num=3, dnn_hidden_units=HIDDEN)
-    return {"deepfm": DeepFM, "wide_deep": WDL}[name](columns, columns, dnn_hidden_units=HIDDEN)
+        return DCN(columns, columns, cross_num=3, dnn_hidden_units=HIDDEN, device=device)
+    return {"deepfm": DeepFM, "wide_deep": WDL}[name](columns, columns, dnn_hidden_units=HIDDEN, device=device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains one model with fuxictr's own loop; prints the seconds at which its optimizer's steps ended, as JSON.
 
-    python run_fuxictr.py DATA MODEL BATCH_SIZE
+    python run_fuxictr.py DATA MODEL BATCH_SIZE cpu|cuda
 
 DATA holds `train/part.parquet` and `schema.json`. The wheel has the layers and the loop but no models for single rows,
 so these stand here, on its public layers. Its defaults stay: Adam over all rows, the gradient norm of all parameters
@@ -38,14 +38,16 @@ VALID_ROWS = 256
 class Model(BaseModel):
     """What the five have in common: vectors of all features, and a sigmoid at the end."""
 
-    def __init__(self, feature_map: FeatureMap, *, folder: str) -> None:
+    def __init__(self, feature_map: FeatureMap, *, folder: str, device: str) -> None:
         super().__init__(
-            feature_map, verbose=0, model_root=folder, metrics=["logloss"], monitor="logloss", monitor_mode="min"
-        )
+            feature_map, verbose=0, model_root=folder, metrics=["logloss"], monitor="logloss", monitor_mode="min",
+            gpu=0 if device == "cuda" else -1,
+        )  # fmt: skip
         self.width = feature_map.sum_emb_out_dim()
         self.layers(feature_map)
         self.compile("adam", "binary_crossentropy", 1e-3)
         self.reset_parameters()
+        self.model_to_device()
 
     def layers(self, feature_map: FeatureMap) -> None:
         self.embedding_layer = FeatureEmbedding(feature_map, DIM)
@@ -119,7 +121,7 @@ MODELS = {"deepfm": DeepFM, "wide_deep": WideDeep, "dcn": DCN, "pnn1": PNN1, "di
 
 def main() -> None:
     """One epoch of `fit`."""
-    data, model_name, batch_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    data, model_name, batch_size, device = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(2)
     schema = json.loads((data / "schema.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
@@ -127,13 +129,19 @@ def main() -> None:
         write_rows(data, schema, folder=folder)
         feature_map = FeatureMap("clicks", folder)
         feature_map.load(f"{folder}/feature_map.json", {"embedding_dim": DIM})
-        model = MODELS[model_name](feature_map, folder=folder)
+        model = MODELS[model_name](feature_map, folder=folder, device=device)
         train, valid = RankDataLoader(
             feature_map, stage="train", train_data=f"{folder}/train", valid_data=f"{folder}/valid",
             batch_size=batch_size, data_format="npz",
         )  # fmt: skip
         ends: list[float] = []
-        model.optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+
+        def note_end(*_: object) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+        model.optimizer.register_step_post_hook(note_end)
         model.fit(train, validation_data=valid, epochs=1)
     print(json.dumps(ends))
 

@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import Dropout, FirstOrder, half_squares, pair_indices
+from recsys.models.layers import Dropout, half_squares, pair_indices
+from recsys.models.linear import FirstOrder
 from recsys.models.tower import MLP, Keep, Tower, Widths
 
 

@@ -76,24 +76,10 @@ def batch_norm(width: int) -> nn.BatchNorm1d:
     return nn.BatchNorm1d(width, eps=1e-3, momentum=0.1)
 
 
-class FirstOrder(nn.Module):
-    """Bias + sum of the id features' own weights + weighted dense inputs: [B, L] and [B, N] -> [B, T].
-
-    The id weights come from the tables and are the same for all tasks; bias and dense weights start at 0.
-    """
-
-    def __init__(self, *, dense: int, tasks: int) -> None:
-        super().__init__()
-        self.bias_T = nn.Parameter(torch.zeros(tasks))
-        self.weight_NT = nn.Parameter(torch.zeros(dense, tasks))
-
-    def forward(self, linear_BL: Tensor, dense_BN: Tensor) -> Tensor:
-        return self.bias_T + linear_BL.sum(dim=1, keepdim=True) + dense_BN @ self.weight_NT
-
-
 def pairs_BK(entries_BEK: Tensor) -> Tensor:
     """Sum over all pairs of entries of their elementwise products, as 1/2 ((sum e)^2 - sum e^2) (Rendle 2010)."""
-    return 0.5 * (entries_BEK.sum(dim=1).square() - entries_BEK.square().sum(dim=1))
+    sum_BK = entries_BEK.sum(dim=1)
+    return 0.5 * (sum_BK * sum_BK - (entries_BEK * entries_BEK).sum(dim=1))
 
 
 def pair_indices(count: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A linear layer whose backward pass suits the CPU's matrix products."""
+"""Linear layers and products that suit the CPU."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 _ALIGNED = 16
+_FEW = 4
 
 
 class Linear(nn.Linear):
@@ -20,6 +21,47 @@ class Linear(nn.Linear):
         if plain or input.dim() != 2 or not torch.is_grad_enabled():
             return super().forward(input)
         return torch.as_tensor(_AlignedLinear.apply(input, self.weight, self.bias))  # type: ignore[no-untyped-call]
+
+
+class FirstOrder(nn.Module):
+    """Bias + sum of the id features' own weights + weighted dense inputs: [B, L] and [B, N] -> [B, T].
+
+    The id weights come from the tables and are the same for all tasks; bias and dense weights start at 0.
+    """
+
+    def __init__(self, *, dense: int, tasks: int) -> None:
+        super().__init__()
+        self.bias_T = nn.Parameter(torch.zeros(tasks))
+        self.weight_NT = nn.Parameter(torch.zeros(dense, tasks))
+
+    def forward(self, linear_BL: Tensor, dense_BN: Tensor) -> Tensor:
+        dense_BT = narrow_product(dense_BN, self.weight_NT.t())
+        return self.bias_T + linear_BL.sum(dim=1, keepdim=True) + dense_BT
+
+
+class Logits(nn.Linear):
+    """torch's linear layer for few outputs: [B, D] -> [B, T]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bias is None or not _in_one_program(self.weight):
+            return super().forward(input)
+        return narrow_product(input, self.weight) + self.bias
+
+
+def narrow_product(x_BD: Tensor, weight_TD: Tensor) -> Tensor:
+    """x W' for a few outputs, [B, D] and [T, D] -> [B, T].
+
+    A training step that is compiled has it as sums within the passes beside it, in float32; a matrix product would read
+    x once more, and write its gradient.
+    """
+    if not _in_one_program(weight_TD):
+        return x_BD @ weight_TD.t()
+    return (x_BD[:, None] * weight_TD).sum(dim=2)
+
+
+def _in_one_program(weight_TD: Tensor) -> bool:
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiled and weight_TD.device.type == "cpu" and len(weight_TD) <= _FEW
 
 
 class _AlignedLinear(Function):

@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import Dropout, FirstOrder, batch_norm, pairs_BK
+from recsys.models.layers import Dropout, batch_norm, pairs_BK
+from recsys.models.linear import FirstOrder
 from recsys.models.tower import MLP, Keep, Tower
 
 

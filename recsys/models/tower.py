@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from etl.spec import Section
 from recsys.models.layers import Activation, Dropout, activation, batch_norm
-from recsys.models.linear import Linear
+from recsys.models.linear import Linear, Logits
 
 Widths = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, description="widths of the hidden layers")]
 Keep = Annotated[float, Field(gt=0, le=1)]
@@ -60,7 +60,7 @@ class MLP(nn.Module):
                 layers.append(Dropout(keep))
             width = size
         if out:
-            layers.append(nn.Linear(width, out))
+            layers.append(Logits(width, out))
         if logit_keep < 1:
             layers.append(Dropout(logit_keep))
         self.layers = nn.Sequential(*layers)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import FirstOrder
+from recsys.models.linear import FirstOrder
 from recsys.models.tower import MLP, Tower
 
 

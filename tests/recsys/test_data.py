@@ -238,8 +238,8 @@ def test_a_value_that_is_no_number_is_named_with_its_row(tmp_path: Path, column:
         list(Split(tmp_path, SCHEMA).in_file_order(Slice(0, 1, 2)))
 
 
-def test_large_ids_stay_exact(tmp_path: Path) -> None:
-    big = 2**24 + 1
+@pytest.mark.parametrize("big", [2**24 + 1, 2**31 - 1, 2**31, 2**33 + 5])
+def test_large_ids_stay_exact(tmp_path: Path, big: int) -> None:
     rows = pa.table({"row": [big, 0], "x": pa.array([0.0, 1.0], pa.float32()), "click": pa.array([0, 1], pa.float32())})
     pq.write_table(rows, tmp_path / "part-0.parquet")
     split = Split(tmp_path, SCHEMA.model_copy(update={"tables": (Table(name="row", rows=big + 1),)}))
@@ -248,11 +248,23 @@ def test_large_ids_stay_exact(tmp_path: Path) -> None:
     assert batch.ids_BS[:, 0].tolist() == [big, 0]
 
 
+def test_ids_of_a_batch_lie_feature_after_feature_also_across_windows(tmp_path: Path) -> None:
+    ids = pa.array(np.arange(24) % 9)
+    rows = pa.table({"row": ids, "other": ids, "click": pa.array(np.zeros(24, np.float32))})
+    pq.write_table(rows, tmp_path / "part-0.parquet", row_group_size=4)
+    features = [IdFeature(name=name, type="categorical", table=name, linear_only=False) for name in ("row", "other")]
+    tables = [Table(name=name, rows=9) for name in ("row", "other")]
+    schema = SCHEMA.model_copy(update={"features": tuple(features), "tables": tuple(tables), "dense": ()})
+    for batch in Split(tmp_path, schema).in_file_order(Slice(0, 1, 6)):
+        assert batch.ids_BS.t().is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("column", "values", "said"),
     [
         ("row", pa.array([0, TOTAL]), f"column 'row': got id {TOTAL}; wanted ids from 0 to {TOTAL - 1}"),
         ("row", pa.array([0, -1]), "got id -1"),
+        ("row", pa.array([0, 2**32]), f"got id {2**32}"),
         ("row", pa.array([0.0, 1.0]), "column 'row' of double"),
         ("click", pa.array([None, 1.0], pa.float32()), "column 'click' of float with 1 nulls"),
         ("x", None, "no column x"),

@@ -13,7 +13,8 @@ from recsys.models.deepfm import DeepFM, DeepFMConfig
 from recsys.models.fm import FM, FMConfig
 from recsys.models.fnn import FNN, FNNConfig
 from recsys.models.head import Head, Inputs, ModelConfig, Sizes
-from recsys.models.layers import Dropout, FirstOrder, half_squares, init_head
+from recsys.models.layers import Dropout, half_squares, init_head
+from recsys.models.linear import FirstOrder
 from recsys.models.nfm import NFM, NFMConfig
 from recsys.models.pnn import PNN2, PNN1Config, PNN2Config
 from recsys.optim import OptimizerSettings
