@@ -87,15 +87,18 @@ def from_first(value: T, *, group: dist.ProcessGroup | None = None) -> T:
 def from_all(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
     """Each rank's value, on every rank; every rank has to call."""
     values: list[T] = [value] * dist.get_world_size()
+    if len(values) == 1:  # a collective of one rank takes half a millisecond
+        return values
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def mean_over_ranks(value: Tensor) -> float:
     """The mean of one number a rank; every rank has to call."""
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return float(total) / dist.get_world_size()
+    total, ranks = value.detach().clone(), dist.get_world_size()
+    if ranks > 1:
+        dist.all_reduce(total)
+    return float(total) / ranks
 
 
 def sum_over_ranks(values: Tensor) -> None:
