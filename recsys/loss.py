@@ -18,6 +18,8 @@ def mean_loss(scored: Scored, batch: Batch, *, task_weights_T: Tensor, ranks: in
     out; the penalty is a sum over rows, as published.
     """
     logloss = row_losses(scored.logits_BT, batch, task_weights_T=task_weights_T).sum() * (ranks / batch.global_rows)
+    if scored.penalty_B is None:
+        return logloss, logloss
     return logloss, logloss + (scored.penalty_B * batch.real_B).sum() * ranks
 
 

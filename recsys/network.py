@@ -20,10 +20,10 @@ _CHUNK_ROWS = 65_536
 
 
 class Scored(NamedTuple):
-    """Logits [B, T], and for each row what regularising its activations adds to the loss [B]."""
+    """Logits [B, T], and for each row what regularising its activations adds to the loss [B], where anything does."""
 
     logits_BT: Tensor
-    penalty_B: Tensor
+    penalty_B: Tensor | None
 
 
 class Dense(Protocol):
@@ -61,11 +61,9 @@ class Network(nn.Module):
         """The dense part: all that comes after the tables."""
         inputs = self.read(rows_BD, ids_BS=ids_BS, floats_BN=floats_BN)
         l2, linear_l2 = self._l2
-        if l2 or linear_l2:
-            penalty_B = self.head.activation_penalty_B(inputs, l2=l2, linear_l2=linear_l2)
-        else:
-            penalty_B = floats_BN.new_zeros(len(floats_BN))
-        return Scored(self.head(inputs), penalty_B)
+        if not (l2 or linear_l2):
+            return Scored(self.head(inputs), None)
+        return Scored(self.head(inputs), self.head.activation_penalty_B(inputs, l2=l2, linear_l2=linear_l2))
 
     def inputs(self, ids_BS: Tensor, floats_BN: Tensor) -> Inputs:
         """What the head reads."""

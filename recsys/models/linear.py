@@ -43,9 +43,9 @@ class Logits(nn.Linear):
     """torch's linear layer for few outputs: [B, D] -> [B, T]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.bias is None or not _in_one_program(self.weight):
-            return super().forward(input)
-        return narrow_product(input, self.weight) + self.bias
+        if _as_sums(self.weight):
+            return narrow_product(input, self.weight) + self.bias
+        return super().forward(input)
 
 
 def narrow_product(x_BD: Tensor, weight_TD: Tensor) -> Tensor:
@@ -54,12 +54,12 @@ def narrow_product(x_BD: Tensor, weight_TD: Tensor) -> Tensor:
     A training step that is compiled has it as sums within the passes beside it, in float32; a matrix product would read
     x once more, and write its gradient.
     """
-    if not _in_one_program(weight_TD):
-        return x_BD @ weight_TD.t()
-    return (x_BD[:, None] * weight_TD).sum(dim=2)
+    if _as_sums(weight_TD):
+        return (x_BD[:, None] * weight_TD).sum(dim=2)
+    return x_BD @ weight_TD.t()
 
 
-def _in_one_program(weight_TD: Tensor) -> bool:
+def _as_sums(weight_TD: Tensor) -> bool:
     compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return compiled and weight_TD.device.type == "cpu" and len(weight_TD) <= _FEW
 

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from etl.faults import Fault
 from recsys.compiled import compile_dense
+from recsys.models.linear import Logits
 from recsys.network import build_network
 from recsys.parallel.world import open_world
 from tests.recsys.conftest import SCHEMA, experiment
@@ -32,6 +33,18 @@ def test_a_compiled_dense_part_learns_the_same(dataset: Path, accumulate: int) -
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 5])
+def test_few_outputs_are_those_of_a_matrix_product(outputs: int) -> None:
+    torch._dynamo.reset()
+    layer, x_BD = Logits(40, outputs), torch.randn(64, 40, requires_grad=True)
+    found = []
+    for run in (layer, torch.compile(layer)):
+        answers_BT = run(x_BD)
+        found.append((answers_BT, *torch.autograd.grad(answers_BT.square().sum(), [x_BD, *layer.parameters()])))
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain)
 
 
 def test_a_machine_without_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

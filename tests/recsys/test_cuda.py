@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from etl.artifact import Json
+from etl.schema import read_schema
 from recsys.clock import Clock
+from recsys.data import Slice, Split
 from recsys.evaluate import evaluate
 from recsys.experiment import Embedding, Experiment
 from recsys.models import MODELS
@@ -48,6 +50,17 @@ def test_every_model_takes_the_steps_of_the_cpu(kind: str, optimizer: str) -> No
             atol=1e-3 if optimizer == "adam" else 1e-4,
             msg=f"{table}: {(on_gpu[1][table] - rows).abs().max():.1e}",
         )
+
+
+def test_batches_lie_in_memory_that_the_gpu_reads_and_arrive_as_they_are(dataset: Path) -> None:
+    schema = read_schema(dataset)
+    plain, pinned = (
+        next(iter(Split(dataset / "train", schema, pinned=on).in_file_order(Slice(0, 1, 64)))) for on in (False, True)
+    )
+    arrived = pinned.to(torch.device("cuda"))
+    for name in ("ids_BS", "floats_BN", "labels_BT", "groups_BG", "real_B", "weights_BT"):
+        assert not getattr(plain, name).is_pinned() and getattr(pinned, name).is_pinned()
+        torch.testing.assert_close(getattr(arrived, name).cpu(), getattr(plain, name), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
