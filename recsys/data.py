@@ -28,7 +28,7 @@ from recsys.shards import REMEDY, Int64s, RowGroup, Rows, check_ids, fill, row_g
 _WINDOW_GROUPS = 16
 WINDOW_BYTES = 64 << 20
 """Row groups in memory at once: as many as these bytes hold, at least one and at most 16."""
-_COLUMNS = 8  # read at once
+_COLUMNS = 4  # read at once
 
 
 @dataclass(frozen=True)

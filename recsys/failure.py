@@ -54,6 +54,7 @@ class LossGuard:
             losses_B = row_losses(scored.logits_BT.detach(), batch, task_weights_T=weights_T).sum(dim=1)
             raise self._fault(loss, losses_B, batch=batch)
         self.usual = loss if self.usual is None else _KEPT * self.usual + (1 - _KEPT) * loss
+        self._rows_BD = None  # lets them go before the next ones come
 
     def _is_spike(self, loss: float) -> bool:
         """In the first 100 steps, when losses still fall, the bar is a hundred times higher."""

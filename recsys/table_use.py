@@ -19,7 +19,7 @@ from etl.schema import Schema
 from recsys.parallel.world import World, sum_over_ranks
 from recsys.shards import RowGroup
 
-_BLOCK = 1 << 23  # rows of a table counted at once: 64 MB
+_BLOCK = 1 << 22  # rows of a table counted at once: 32 MB
 _PART = 1 << 20  # of these counts, sorted at once
 
 

@@ -68,7 +68,7 @@ def activation(name: Activation, width: int) -> nn.Module:
         return nn.PReLU(width)
     if name == "dice":
         return Dice(width)
-    return {"relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "none": nn.Identity()}[name]
+    return {"relu": nn.ReLU(inplace=True), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "none": nn.Identity()}[name]
 
 
 def batch_norm(width: int) -> nn.BatchNorm1d:
