@@ -193,11 +193,11 @@ class Split:
             raise Fault(str(group.file), got=f"no column {', '.join(absent)}", wanted="the schema's", remedy=REMEDY)
         for at in range(0, len(names), _COLUMNS):
             table = file.read_row_group(group.index, columns=names[at : at + _COLUMNS], use_threads=False)
-            for name, into_RL, feature in targets[at : at + _COLUMNS]:
-                values = fill(into_RL, table[name], place=group.file, name=name)
-                if feature:
-                    rows = self._schema.rows(feature.table)
-                    check_ids(values, feature, rows=rows, place=f"{group.file}: column '{name}'")
+            for target in targets[at : at + _COLUMNS]:
+                values, feature = fill(target, table[target.name], place=group.file), target.feature
+                if feature and feature.name == target.name:
+                    rows, place = self._schema.rows(feature.table), f"{group.file}: column '{feature.name}'"
+                    check_ids(values, feature, rows=rows, place=place)
         self._check_finite(into.floats_RN, self._schema.float_names, first=group.first)
         self._check_finite(into.labels_RT, self._schema.task_names, first=group.first)
         into.numbers_R[:] = np.arange(group.first, group.first + group.rows)

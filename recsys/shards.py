@@ -30,7 +30,7 @@ class RowGroup:
 
 
 class Target(NamedTuple):
-    """A column of the files, and where its values belong [R, slots]; the feature whose ids they are."""
+    """A column of the files, where its values belong [R, slots], and the id feature it is of, which may have lists."""
 
     name: str
     into_RL: npt.NDArray[Any]
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
             yield Target(feature.name, self.ids_RS[:, stop - feature.slots : stop], feature)
             if feature.weighted:
                 start, end = end, end + feature.slots
-                yield Target(f"{feature.name}:value", self.floats_RN[:, start:end])
+                yield Target(f"{feature.name}:value", self.floats_RN[:, start:end], feature)
         for at, name in enumerate(schema.task_names):
             yield Target(name, self.labels_RT[:, at : at + 1])
         if schema.group:
@@ -116,7 +116,7 @@ def row_groups(folder: Path) -> list[RowGroup]:
     return found
 
 
-def fill(into_RL: npt.NDArray[Any], column: pa.ChunkedArray, *, place: Path, name: str) -> npt.NDArray[Any]:
+def fill(target: Target, column: pa.ChunkedArray, *, place: Path) -> npt.NDArray[Any]:
     """Single values, or lists from the left: int64 into whole numbers of any size, else float32.
 
     Returns the values as they are in the file, which the caller has to check where they are ids.
@@ -124,13 +124,15 @@ def fill(into_RL: npt.NDArray[Any], column: pa.ChunkedArray, *, place: Path, nam
     Raises:
         Fault: another type, nulls, or too long a list.
     """
+    name, into_RL, feature = target
     dtype, lists = pa.int64() if into_RL.dtype.kind == "i" else pa.float32(), pa.types.is_list(column.type)
-    whole = pa.concat_arrays(column.chunks)
+    whole = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
     flat = whole.flatten() if lists else whole
     nulls = column.null_count + (flat.null_count if lists else 0)
-    if flat.type != dtype or nulls:
+    if flat.type != dtype or nulls or (lists and not feature):
         got = f"column '{name}' of {column.type} with {nulls} nulls"
-        raise Fault(str(place), got=got, wanted=f"{dtype} without nulls, or lists of it", remedy=REMEDY)
+        wanted = f"{dtype}{', or lists of it,' if feature else ''} without nulls"
+        raise Fault(str(place), got=got, wanted=wanted, remedy=REMEDY)
     values: npt.NDArray[Any] = flat.to_numpy()
     if not lists:
         into_RL[:, 0] = values

@@ -267,6 +267,7 @@ def test_ids_of_a_batch_lie_feature_after_feature_also_across_windows(tmp_path: 
         ("row", pa.array([0, 2**32]), f"got id {2**32}"),
         ("row", pa.array([0.0, 1.0]), "column 'row' of double"),
         ("click", pa.array([None, 1.0], pa.float32()), "column 'click' of float with 1 nulls"),
+        ("click", pa.array([[1.0], []], pa.list_(pa.float32())), "column 'click' of list<element: float>"),
         ("x", None, "no column x"),
     ],
 )
