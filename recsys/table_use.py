@@ -12,7 +12,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pyarrow.compute import list_flatten
 from pydantic import BaseModel, ConfigDict
 
 from etl.schema import Schema
@@ -66,8 +65,8 @@ def _ids(columns: list[str], groups: Sequence[RowGroup]) -> Iterator[npt.NDArray
         file = pq.ParquetFile(path)
         for group in of_file:
             table = file.read_row_group(group.index, columns=columns, use_threads=False)
-            for column in table.columns:
-                yield (list_flatten(column) if pa.types.is_list(column.type) else column).to_numpy()
+            for chunk in (chunk for column in table.columns for chunk in column.chunks):
+                yield (chunk.flatten() if pa.types.is_list(chunk.type) else chunk).to_numpy()
 
 
 def _top(rows_by_count: Counter[int], wanted: int) -> int:
