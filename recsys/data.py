@@ -194,8 +194,8 @@ class Split:
         for at in range(0, len(names), _COLUMNS):
             table = file.read_row_group(group.index, columns=names[at : at + _COLUMNS], use_threads=False)
             for target in targets[at : at + _COLUMNS]:
-                values, feature = fill(target, table[target.name], place=group.file), target.feature
-                if feature and feature.name == target.name:
+                values = fill(target, table[target.name], place=group.file)
+                if feature := target.ids_of:
                     rows, place = self._schema.rows(feature.table), f"{group.file}: column '{feature.name}'"
                     check_ids(values, feature, rows=rows, place=place)
         self._check_finite(into.floats_RN, self._schema.float_names, first=group.first)

@@ -30,11 +30,12 @@ class RowGroup:
 
 
 class Target(NamedTuple):
-    """A column of the files, where its values belong [R, slots], and the id feature it is of, which may have lists."""
+    """A column of the files, where its values belong [R, slots], whether it may have lists, and whose ids these are."""
 
     name: str
     into_RL: npt.NDArray[Any]
-    feature: IdFeature | None = None
+    lists: bool = False
+    ids_of: IdFeature | None = None
 
 
 class Rows(NamedTuple):
@@ -78,10 +79,10 @@ class Rows(NamedTuple):
         for at, name in enumerate(schema.dense_names):
             yield Target(name, self.floats_RN[:, at : at + 1])
         for feature, stop in zip(schema.features, schema.slot_ends, strict=True):
-            yield Target(feature.name, self.ids_RS[:, stop - feature.slots : stop], feature)
+            yield Target(feature.name, self.ids_RS[:, stop - feature.slots : stop], lists=True, ids_of=feature)
             if feature.weighted:
                 start, end = end, end + feature.slots
-                yield Target(f"{feature.name}:value", self.floats_RN[:, start:end], feature)
+                yield Target(f"{feature.name}:value", self.floats_RN[:, start:end], lists=True)
         for at, name in enumerate(schema.task_names):
             yield Target(name, self.labels_RT[:, at : at + 1])
         if schema.group:
@@ -124,14 +125,14 @@ def fill(target: Target, column: pa.ChunkedArray, *, place: Path) -> npt.NDArray
     Raises:
         Fault: another type, nulls, or too long a list.
     """
-    name, into_RL, feature = target
+    name, into_RL = target.name, target.into_RL
     dtype, lists = pa.int64() if into_RL.dtype.kind == "i" else pa.float32(), pa.types.is_list(column.type)
     whole = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
     flat = whole.flatten() if lists else whole
     nulls = column.null_count + (flat.null_count if lists else 0)
-    if flat.type != dtype or nulls or (lists and not feature):
+    if flat.type != dtype or nulls or (lists and not target.lists):
         got = f"column '{name}' of {column.type} with {nulls} nulls"
-        wanted = f"{dtype}{', or lists of it,' if feature else ''} without nulls"
+        wanted = f"{dtype}{', or lists of it,' if target.lists else ''} without nulls"
         raise Fault(str(place), got=got, wanted=wanted, remedy=REMEDY)
     values: npt.NDArray[Any] = flat.to_numpy()
     if not lists:

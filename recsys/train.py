@@ -88,7 +88,7 @@ class Trainer:
         self.checkpoints, self.run, self.report = checkpoints, checkpoints.run, report
         self.learner, self.world = learner, learner.world
         self.tasks, self.progress = schema.task_names, Progress(seed=experiment.seed)
-        gpu = learner.world.device.type == "cuda"
+        gpu = self.world.device.type == "cuda"
         self.splits = {name: Split(data / name, schema, pinned=gpu) for name in ("train", "valid", "test")}
         self.mine = Slice(self.world.rank, self.world.size, self.settings.rank_rows)
         several = self.world.size > 1 or learner.sharded.cached

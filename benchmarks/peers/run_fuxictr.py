@@ -10,7 +10,6 @@ clipped at 10, numbers embedded as well, no L2, fp32, rows read from npz.
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from fuxictr.pytorch.layers import (
     MLP_Block,
 )
 from fuxictr.pytorch.models import BaseModel
+from step_ends import step_ends
 from torch import nn
 
 HIDDEN, DIM = [400, 400, 400], 16
@@ -134,14 +134,7 @@ def main() -> None:
             feature_map, stage="train", train_data=f"{folder}/train", valid_data=f"{folder}/valid",
             batch_size=batch_size, data_format="npz",
         )  # fmt: skip
-        ends: list[float] = []
-
-        def note_end(*_: object) -> None:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
-        model.optimizer.register_step_post_hook(note_end)
+        ends = step_ends(model.optimizer, device=device)
         model.fit(train, validation_data=valid, epochs=1)
     print(json.dumps(ends))
 
