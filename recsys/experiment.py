@@ -113,6 +113,19 @@ class Embedding(OptimizerSettings, Placement):
         description="batch: rows that the step touched, once each; table: every row, each step; activations: pooled "
         "vectors of each row of the batch, summed, as in the code of FM, FNN and PNN",
     )
+    l2_every_steps: int = Field(
+        1,
+        ge=1,
+        description="l2_scope table: every row moves at each so many-th step, by the L2 of all of these; at the others "
+        "those that the step touched",
+    )
+
+    @model_validator(mode="after")
+    def _l2_waits_for_rows(self) -> "Embedding":
+        if self.l2_every_steps > 1 and (self.l2_scope != "table" or self.update != "touched"):
+            got = f"l2_scope is '{self.l2_scope}' and update '{self.update}'"
+            raise ValueError(f"'l2_every_steps' is of l2_scope 'table' with update 'touched', {got}")
+        return self
 
     @property
     def rowwise(self) -> bool:

@@ -52,8 +52,9 @@ the number, a `bag` sums (or averages) its ids times their weights. FM, DeepFM a
 a bag; the others pair or stack whole fields. Dense inputs enter the MLP, and the first-order part where there is one.
 
 Regularisers and optimizers are not the model's: `[embedding]` has `l2`, `linear_l2` and `l2_scope` (rows that a step
-touched, whole tables, or activations as in the published FM, FNN and PNN code), `[train]` has `layer_l2`. Layers are
-dropped by *keep* probability, one name everywhere; never on the logit, unless `compat = "seed"` asks for it.
+touched, whole tables, or activations as in the published FM, FNN and PNN code), `[train]` has `layer_l2`. Whole tables
+take long to move where they are large: `l2_every_steps` lets only touched rows move at most steps. Layers are dropped
+by *keep* probability, one name everywhere; never on the logit, unless `compat = "seed"` asks for it.
 """
 
 

@@ -20,7 +20,7 @@ from recsys.forecast import GIB, Dense, dense_bytes
 from recsys.network import Network, build_network
 from recsys.optim import state_count
 from recsys.parallel.refusals import largest, spilling_placement, too_large
-from recsys.parallel.rows import needs_own_rows
+from recsys.parallel.row_rules import needs_own_rows
 from recsys.parallel.sharders import HEADROOM, Hardware, planner_of, resized, sharder_of, states_shown
 
 _ID_BYTES = 12  # an id, and its length of 4

@@ -6,7 +6,7 @@ from etl.faults import Fault
 from recsys.experiment import Embedding
 from recsys.forecast import GIB
 from recsys.optim import state_count
-from recsys.parallel.rows import needs_own_rows
+from recsys.parallel.row_rules import needs_own_rows
 from recsys.parallel.sharders import HEADROOM, Hardware
 
 

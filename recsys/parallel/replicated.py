@@ -16,7 +16,8 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingTable
 
 from recsys.experiment import Embedding
 from recsys.optim import scaled, start_states, state_count, update
-from recsys.parallel.rows import l2_of, needs_own_rows, parts_of, take_over
+from recsys.parallel.row_rules import l2_of, moves_every_row, needs_own_rows, parts_of
+from recsys.parallel.rows import take_over
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ class ReplicatedRows:
     def _update(self, copy: _Copy) -> None:
         embedding, width = self._embedding, copy.weights_RW.shape[1]
         l2_W, whole = l2_of(embedding, vector=copy.vector, width=width), embedding.l2_scope == "table"
-        every = embedding.update == "all" or (whole and l2_W is not None)
+        every = moves_every_row(embedding, l2_W, step=self.step)
         touched_R = copy.touched_R.nonzero()[:, 0]
-        if l2_W is not None:
+        if l2_W is not None and (every or not whole):
             which: Tensor | slice = slice(None) if whole else touched_R
             copy.gradient_RW[which] += copy.weights_RW[which] * l2_W.to(copy.weights_RW.device)
         which = slice(None) if every else touched_R

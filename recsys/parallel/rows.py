@@ -5,7 +5,6 @@ duplicates are added up, then the rows that the step touched move (or all), by `
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -17,45 +16,12 @@ from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
 from recsys.experiment import Embedding
-from recsys.optim import OptimizerSettings, scaled, start_states, state_count, update
+from recsys.optim import scaled, start_states, state_count, update
 from recsys.parallel.kernels import Lookup, Mover, Rule, fits, rule
+from recsys.parallel.row_rules import l2_of, moves_every_row, needs_own_rows, parts_of
 
+_CHUNK_ROWS = 1 << 15
 _PLACES = {EmbeddingLocation.HOST: "host", EmbeddingLocation.DEVICE: "dev", EmbeddingLocation.MANAGED: "uvm"}
-
-
-def needs_own_rows(embedding: Embedding) -> bool:
-    """Whether FBGEMM's fused CPU optimizers can't do what the settings say."""
-    fused = embedding.optimizer in ("sgd", "adagrad", "rowwise_adagrad") and embedding.linear is None
-    regularised = embedding.l2_scope != "activations" and bool(embedding.l2 or embedding.first_order_l2)
-    return not fused or regularised or embedding.update == "all"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Columns of a row that one optimizer moves."""
-
-    start: int
-    stop: int
-    settings: OptimizerSettings
-
-
-def parts_of(embedding: Embedding, *, vector: int, width: int) -> list[Part]:
-    """The parts of a row of `width` columns whose first `vector` are a vector, the others a weight and its padding.
-
-    With one optimizer the row stays whole, as FBGEMM has it: row-wise Adagrad takes its mean over all columns.
-    """
-    if embedding.linear is None:
-        return [Part(0, width, embedding)]
-    parts = [Part(0, vector, embedding), Part(vector, width, embedding.linear)]
-    return [part for part in parts if part.stop > part.start]
-
-
-def l2_of(embedding: Embedding, *, vector: int, width: int) -> Tensor | None:
-    """The factor of each column [W] whose product with the weights joins their gradients; None where all are 0."""
-    if embedding.l2_scope == "activations":
-        return None
-    l2_W = torch.tensor([embedding.l2] * vector + [embedding.first_order_l2] * (width - vector))
-    return l2_W if l2_W.any() else None
 
 
 class RowOptimizer:
@@ -161,8 +127,7 @@ class RowGroup:
         width = tables.embedding_specs[own[0]][1]
         self.parts = parts_of(embedding, vector=vector, width=width)
         l2_W = l2_of(embedding, vector=vector, width=width)
-        self._whole_l2 = l2_W is not None and embedding.l2_scope == "table"
-        self._every = self._whole_l2 or embedding.update == "all"
+        self._embedding = embedding
         self.weights_RW = _matrix(tables, own, name="weights", width=width)
         self.l2_W = None if l2_W is None else l2_W.to(self.weights_RW.device)
         self.states = list(self._states_of(tables, own, embedding=embedding))
@@ -176,9 +141,9 @@ class RowGroup:
         ends = torch.as_tensor(tables.D_offsets).tolist()
         self.columns = slice(ends[self.features.start], ends[self.features.stop])
         self._mover: Mover | None = None
-        if fits(tables) and not self._every:
-            begin = self.columns.start
-            self._mover = Mover(self.weights_RW, self.states, base_F=self.base_F, column=begin, l2_W=self.l2_W)
+        if fits(tables):
+            begin, l2_W = self.columns.start, self._touched_l2_W
+            self._mover = Mover(self.weights_RW, self.states, base_F=self.base_F, column=begin, l2_W=l2_W)
         self.start()
 
     def _states_of(
@@ -200,6 +165,11 @@ class RowGroup:
         """The states that FBGEMM has no place for."""
         return self.states[1] if len(self.states) > 1 else None
 
+    @property
+    def _touched_l2_W(self) -> Tensor | None:
+        """What regularises rows when a step touches them."""
+        return self.l2_W if self._embedding.l2_scope == "batch" else None
+
     def start(self) -> None:
         """States where training begins, from the weights as they are."""
         for part in self.parts:
@@ -208,25 +178,34 @@ class RowGroup:
 
     def move(self, indices: Tensor, offsets: Tensor, *, gradient_BD: Tensor, optimizer: RowOptimizer) -> None:
         """One step by the gradient [B, D] of what was looked up: at most one id a feature and row of the batch."""
-        if self._mover:
+        every = moves_every_row(self._embedding, self.l2_W, step=optimizer.step)
+        if self._mover and not every:
             bounds, rules = self._bounds(offsets, gradient_BD), self._rules(optimizer)
             self._mover.move(indices, bounds, gradient_BD=gradient_BD, rules=rules)
             return
         rows_I, gradient_GW, place_I = self._gradients(indices, offsets, gradient_BD=gradient_BD)
         touched_R, gradient_RW = summed(rows_I, gradient_GW, place_I=place_I)
-        if self.l2_W is not None and not self._whole_l2:
-            gradient_RW.addcmul_(self.weights_RW.index_select(0, touched_R), self.l2_W)
-        if self._every:
-            gradient_RW = gradient_RW.new_zeros(self.weights_RW.shape).index_copy_(0, touched_R, gradient_RW)
-            if self.l2_W is not None and self._whole_l2:
-                gradient_RW.addcmul_(self.weights_RW, self.l2_W)
-            self._update([self.weights_RW, *self.states], gradient_RW, optimizer=optimizer)
-            return
         memory = [self.weights_RW, *self.states]
+        if self._touched_l2_W is not None:
+            gradient_RW.addcmul_(self.weights_RW.index_select(0, touched_R), self._touched_l2_W)
+        if every:
+            self._move_all(touched_R, gradient_RW, optimizer=optimizer)
+            return
         own = [whole.index_select(0, touched_R) for whole in memory]
         self._update(own, gradient_RW, optimizer=optimizer)
         for whole, moved in zip(memory, own, strict=True):
             whole.index_copy_(0, touched_R, moved)
+
+    def _move_all(self, touched_R: Tensor, gradient_RW: Tensor, *, optimizer: RowOptimizer) -> None:
+        """Every row, in chunks: also of tables beside which there is no room for a gradient of their size."""
+        for begin in range(0, len(self.weights_RW), _CHUNK_ROWS):
+            chunk = [whole[begin : begin + _CHUNK_ROWS] for whole in (self.weights_RW, *self.states)]
+            low, high = torch.searchsorted(touched_R, touched_R.new_tensor([begin, begin + _CHUNK_ROWS])).tolist()
+            gradients = gradient_RW.new_zeros(chunk[0].shape)
+            gradients.index_copy_(0, touched_R[low:high] - begin, gradient_RW[low:high])
+            if self.l2_W is not None and self._touched_l2_W is None:
+                gradients.addcmul_(chunk[0], self.l2_W)
+            self._update(chunk, gradients, optimizer=optimizer)
 
     def _update(self, memory: Sequence[Tensor], gradient_RW: Tensor, *, optimizer: RowOptimizer) -> None:
         """Moves weights and states, all [R, W], in place."""

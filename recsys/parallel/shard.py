@@ -24,7 +24,8 @@ from recsys.parallel.cached import Cached, is_cached
 from recsys.parallel.kernels import fits
 from recsys.parallel.plan import make_plan, place_tables
 from recsys.parallel.replicated import ReplicatedRows
-from recsys.parallel.rows import RowOptimizer, hold, needs_own_rows
+from recsys.parallel.row_rules import needs_own_rows
+from recsys.parallel.rows import RowOptimizer, hold
 from recsys.parallel.sharders import hardware_here, resized, sharder_of
 from recsys.parallel.world import World
 

@@ -28,7 +28,7 @@ from recsys.experiment import Embedding
 from recsys.host_memory import host_memory_bytes
 from recsys.optim import state_count
 from recsys.parallel.exchange import AllToAll, Scatter
-from recsys.parallel.rows import needs_own_rows
+from recsys.parallel.row_rules import needs_own_rows
 from recsys.parallel.world import World
 from recsys.placement import LANE, Resolved
 

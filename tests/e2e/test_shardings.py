@@ -40,6 +40,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fused, a state a row": {"optimizer": "rowwise_adagrad", "learning_rate": 0.1},
     "two states": ADAM | {"l2": 0.01},
     "two optimizers": ADAGRAD | {"linear": FTRL},
+    "every row at each second step": ADAM | {"l2": 0.01, "l2_scope": "table", "l2_every_steps": 2},
 }
 CASES = [
     (name, kind)

@@ -16,8 +16,9 @@ from recsys.learner import dense_optimizer
 from recsys.models import MODELS
 from recsys.models.head import ModelConfig
 from recsys.optim import DenseOptimizer, OptimizerSettings, start_states, state_count, update
-from recsys.parallel import kernels
-from recsys.parallel.rows import RowOptimizer, needs_own_rows, summed
+from recsys.parallel import kernels, rows
+from recsys.parallel.row_rules import needs_own_rows
+from recsys.parallel.rows import RowOptimizer, summed
 from recsys.parallel.shard import Sharded, shard
 from recsys.parallel.world import World, open_world
 from tests.registry import config_of, network_of, random_rows, rich_schema
@@ -100,10 +101,10 @@ class Plain:
         return parts if vector else parts[1:]
 
     def l2(self, table: str) -> Tensor:
-        """Each column's."""
+        """Each column's, of all steps that it stands for."""
         l2_W = torch.full((self.weights[table].shape[1],), self.embedding.first_order_l2)
         l2_W[: self.vector[table]] = self.embedding.l2
-        return l2_W
+        return l2_W * self.embedding.l2_every_steps
 
     def step(self, step: int) -> float:
         loss, ids_BS = loss_of(self.network, self.schema, step=step)
@@ -117,13 +118,14 @@ class Plain:
 
     def move(self, table: str, looked_up: set[int], *, step: int) -> None:
         weight_RW, gradient_RW, l2_W = self.weights[table], self.weights[table].grad, self.l2(table)
-        whole_table = self.embedding.l2_scope == "table" and bool(l2_W.any())
+        waits = step % self.embedding.l2_every_steps > 0
+        whole_table = self.embedding.l2_scope == "table" and bool(l2_W.any()) and not waits
         self.moved[table] = looked_up
         if whole_table or self.embedding.update == "all":
             self.moved[table] = set(range(len(weight_RW)))
         for row in self.moved[table]:
             gradient_W = gradient_RW[row].clone()
-            if row in looked_up or whole_table:
+            if whole_table or (row in looked_up and self.embedding.l2_scope == "batch"):
                 gradient_W += l2_W * weight_RW[row]
             for columns, settings in self.parts(table):
                 states = [state[row, columns] for state in self.states[table][: state_count(settings)]]
@@ -198,6 +200,22 @@ def test_our_own_optimizers_move_rows_as_a_loop_does(name: str, moved: str, scop
     embedding = embedding_of((OPTIMIZERS | {"wide_and_deep": WIDE_AND_DEEP})[name], update=moved, l2_scope=scope, **L2)
     assert needs_own_rows(embedding)
     compare(config_of("deepfm", **DEEPFM), embedding, world=world)
+
+
+@pytest.mark.parametrize("chunk", [2, 1 << 15])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "wide_and_deep"])
+def test_l2_of_several_steps_at_once(name: str, chunk: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row moves at steps 2 and 4, by twice the L2; only what was looked up at 1 and 3."""
+    monkeypatch.setattr(rows, "_CHUNK_ROWS", chunk)
+    settings = (OPTIMIZERS | {"wide_and_deep": WIDE_AND_DEEP})[name]
+    embedding = embedding_of(settings, l2_scope="table", l2_every_steps=2, **L2)
+    compare(config_of("deepfm", **DEEPFM), embedding, world=world)
+
+
+@pytest.mark.parametrize("wrong", [{"l2_scope": "batch"}, {"l2_scope": "table", "update": "all"}])
+def test_l2_of_several_steps_is_of_whole_tables_with_touched_rows(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="'l2_every_steps' is of l2_scope 'table' with update 'touched'"):
+        embedding_of(OPTIMIZERS["adam"], l2_every_steps=2, **wrong)
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "wide_and_deep"])
