@@ -19,6 +19,7 @@ from recsys.parallel.shard import shard
 from recsys.parallel.state import restore_weights
 from recsys.parallel.world import World, gather_rows, open_world
 from recsys.run_folder import refuse_other_transform
+from recsys.shards import column
 
 SPLITS = ("train", "valid", "test")
 
@@ -75,8 +76,8 @@ def evaluate_model(
     )
     columns = {}
     for at, task in enumerate(tasks):
-        columns[task] = rows.logits_RT[:, at].sigmoid().numpy()
-        columns[f"{task}/label"] = rows.labels_RT[:, at].where(rows.weights_RT[:, at] > 0, torch.nan).numpy()
+        columns[task] = column(rows.logits_RT[:, at].sigmoid().numpy())
+        columns[f"{task}/label"] = column(rows.labels_RT[:, at].where(rows.weights_RT[:, at] > 0, torch.nan).numpy())
     return metrics, pa.table(columns)
 
 

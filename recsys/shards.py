@@ -134,16 +134,21 @@ def fill(target: Target, column: pa.ChunkedArray, *, place: Path) -> npt.NDArray
         got = f"column '{name}' of {column.type} with {nulls} nulls"
         wanted = f"{dtype}{', or lists of it,' if target.lists else ''} without nulls"
         raise Fault(str(place), got=got, wanted=wanted, remedy=REMEDY)
-    values: npt.NDArray[Any] = flat.to_numpy()
+    values: npt.NDArray[Any] = np.from_dlpack(flat)  # to_numpy would load pandas: 40 MB
     if not lists:
         into_RL[:, 0] = values
         return values
-    lengths = np.diff(np.asarray(whole.offsets))
+    lengths = np.diff(np.from_dlpack(whole.offsets))
     if lengths.max(initial=0) > into_RL.shape[1]:
         got = f"column '{name}' with a list of {lengths.max()}"
         raise Fault(str(place), got=got, wanted=f"at most {into_RL.shape[1]}", remedy=REMEDY)
     into_RL[np.arange(into_RL.shape[1]) < lengths[:, None]] = values
     return values
+
+
+def column(values_R: npt.NDArray[np.float32]) -> pa.Array:
+    """Single values as `fill` reads them. Arrow's own conversion would load pandas, too."""
+    return pa.Array.from_buffers(pa.float32(), len(values_R), [None, pa.py_buffer(np.ascontiguousarray(values_R))])
 
 
 def check_ids(ids: Int64s, feature: IdFeature, *, rows: int, place: str) -> None:

@@ -66,7 +66,7 @@ def _ids(columns: list[str], groups: Sequence[RowGroup]) -> Iterator[npt.NDArray
         for group in of_file:
             table = file.read_row_group(group.index, columns=columns, use_threads=False)
             for chunk in (chunk for column in table.columns for chunk in column.chunks):
-                yield (chunk.flatten() if pa.types.is_list(chunk.type) else chunk).to_numpy()
+                yield np.from_dlpack(chunk.flatten() if pa.types.is_list(chunk.type) else chunk)
 
 
 def _top(rows_by_count: Counter[int], wanted: int) -> int:
