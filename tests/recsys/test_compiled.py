@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from etl.faults import Fault
 from recsys.compiled import compile_dense
-from recsys.models.linear import Logits
+from recsys.models.linear import Linear, Logits
 from recsys.network import build_network
 from recsys.parallel.world import open_world
 from tests.recsys.conftest import SCHEMA, experiment
@@ -45,6 +45,24 @@ def test_few_outputs_are_those_of_a_matrix_product(outputs: int) -> None:
         found.append((answers_BT, *torch.autograd.grad(answers_BT.square().sum(), [x_BD, *layer.parameters()])))
     for plain, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.parametrize("shape", [(64, 40), (61, 40), (6, 8, 40)])
+def test_a_bias_apart_from_its_product_in_bf16_is_the_same_layer(shape: tuple[int, ...]) -> None:
+    """Beside float32; inputs and weights are exact in bf16, so that what is left are roundings of the outputs."""
+    torch._dynamo.reset()
+    layer = Linear(40, 24)
+    layer.weight.data, x = layer.weight.data.bfloat16().float(), torch.randn(*shape).bfloat16().float()
+    wanted = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.compile(layer)(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.02)
+    gradient = torch.randn(*wanted.shape).bfloat16()
+    for own, plain in zip(
+        *(torch.autograd.grad(y, [*layer.parameters()], gradient.to(y.dtype)) for y in (found, wanted)), strict=True
+    ):
+        torch.testing.assert_close(own, plain, rtol=0.01, atol=0.02)
 
 
 def test_a_machine_without_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
