@@ -167,7 +167,10 @@ class Split:
         """Each piece's rows, None where there are none; row groups without any of them are not read."""
         sizes_G = np.array([group.rows for group in window])
         ends_G = sizes_G.cumsum()
-        needed = np.unique(np.concatenate([ends_G.searchsorted(piece.rows, side="right") for piece in pieces]))
+        reached_G = np.zeros(len(window), np.bool_)
+        for piece in pieces:
+            reached_G[ends_G.searchsorted(piece.rows, side="right")] = True
+        needed = reached_G.nonzero()[0]
         read = self._read([window[at] for at in needed]) if len(needed) else None
         shift_G = np.zeros(len(window), np.int64)
         shift_G[needed] = sizes_G[needed].cumsum() - ends_G[needed]

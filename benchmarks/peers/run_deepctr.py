@@ -2,7 +2,7 @@
 
     python run_deepctr.py DATA MODEL BATCH_SIZE cpu|cuda
 
-DATA holds `train/part.parquet` and `schema.json`. Everything is the library's default but the widths: Adam over all
+DATA holds `train/*.parquet` and `schema.json`. Everything is the library's default but the widths: Adam over all
 rows, L2 of 1e-5 on the tables (1e-6 in DIN), fp32.
 """
 
@@ -25,7 +25,7 @@ def main() -> None:
     data, model_name, batch_size, device = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(2)
     schema = json.loads((data / "schema.json").read_text())
-    table = pq.read_table(data / "train" / "part.parquet")
+    table = pq.read_table(data / "train")
     rows = {table["name"]: table["rows"] for table in schema["tables"]}
     columns, values = [], {}
     for feature in schema["features"]:

@@ -2,7 +2,7 @@
 
     python run_fuxictr.py DATA MODEL BATCH_SIZE cpu|cuda
 
-DATA holds `train/part.parquet` and `schema.json`. The wheel has the layers and the loop but no models for single rows,
+DATA holds `train/*.parquet` and `schema.json`. The wheel has the layers and the loop but no models for single rows,
 so these stand here, on its public layers. Its defaults stay: Adam over all rows, the gradient norm of all parameters
 clipped at 10, numbers embedded as well, no L2, fp32, rows read from npz.
 """
@@ -141,7 +141,7 @@ def main() -> None:
 
 def write_rows(data: Path, schema: dict, *, folder: str) -> None:
     """The library's own files: its feature map, and rows as npz."""
-    table = pq.read_table(data / "train" / "part.parquet")
+    table = pq.read_table(data / "train")
     rows = {table["name"]: table["rows"] for table in schema["tables"]}
     specs, columns = [], {"label": table["label"].to_numpy()}
     for feature in schema["features"]:
