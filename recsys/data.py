@@ -52,6 +52,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on a device; without waiting where they are `pinned`."""
+        if self.ids_BS.device == device:
+            return self
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":

@@ -17,7 +17,9 @@ def mean_loss(scored: Scored, batch: Batch, *, task_weights_T: Tensor, ranks: in
     Gradients are averaged over ranks afterwards. A task's mean is over all rows, also those that its condition leaves
     out; the penalty is a sum over rows, as published.
     """
-    logloss = row_losses(scored.logits_BT, batch, task_weights_T=task_weights_T).sum() * (ranks / batch.global_rows)
+    logits_BT, weights_BT = scored.logits_BT.float(), batch.weights_BT * task_weights_T
+    summed = binary_cross_entropy_with_logits(logits_BT, batch.labels_BT, weight=weights_BT, reduction="sum")
+    logloss = summed * (ranks / batch.global_rows)
     if scored.penalty_B is None:
         return logloss, logloss
     return logloss, logloss + (scored.penalty_B * batch.real_B).sum() * ranks

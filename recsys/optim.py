@@ -148,8 +148,8 @@ class DenseOptimizer(torch.optim.Optimizer):
         """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             settings, moving = scaled(group["settings"], self.rate), [p for p in group["params"] if p.grad is not None]
-            for parameter in moving:
-                self.state[parameter]["step"] += 1
+            if moving:
+                torch._foreach_add_([self.state[parameter]["step"] for parameter in moving], 1)
             fused = settings.optimizer == "adam" and not settings.eps_hat
             if moving and fused and all(parameter.device.type == "cpu" for parameter in moving):
                 self._fused_adam(settings, moving)
