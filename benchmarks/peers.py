@@ -46,8 +46,8 @@ TABLES = {f"C{at + 1}": int(rows) for at, rows in enumerate(np.geomspace(100, 92
 NUMBERS = [f"I{at}" for at in range(1, 14)]
 HISTORY, SLOTS = "hist_C26", 20
 MODELS = ["deepfm", "dcn", "pnn1", "wide_deep", "din"]
-STEPS = {1024: (10, 60), 4096: (6, 27), 16384: (3, 12)}
-"""Warm-up steps and all steps of a peer's run, by batch size."""
+STEPS = {1024: (10, 60), 4096: (6, 24), 16384: (3, 12)}
+"""Warm-up steps and all steps of a peer's run, a multiple of these, by batch size."""
 LONGER = 4
 """Ours has so many times the steps, as one takes a tenth of the time, and as many times the warm-up."""
 OWN = {"ours": [], "ours_adam": ["embedding.optimizer=adam", "embedding.learning_rate=0.001"]}

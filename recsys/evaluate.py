@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,6 @@ from recsys.parallel.shard import shard
 from recsys.parallel.state import restore_weights
 from recsys.parallel.world import World, gather_rows, open_world
 from recsys.run_folder import refuse_other_transform
-from recsys.shards import column
 
 SPLITS = ("train", "valid", "test")
 
@@ -76,9 +77,15 @@ def evaluate_model(
     )
     columns = {}
     for at, task in enumerate(tasks):
-        columns[task] = column(rows.logits_RT[:, at].sigmoid().numpy())
-        columns[f"{task}/label"] = column(rows.labels_RT[:, at].where(rows.weights_RT[:, at] > 0, torch.nan).numpy())
+        columns[task] = _floats(rows.logits_RT[:, at].sigmoid().numpy())
+        columns[f"{task}/label"] = _floats(rows.labels_RT[:, at].where(rows.weights_RT[:, at] > 0, torch.nan).numpy())
     return metrics, pa.table(columns)
+
+
+def _floats(values_R: npt.NDArray[np.float32]) -> pa.Array:
+    """A column of them. Arrow's own conversion would load pandas, too."""
+    whole = np.ascontiguousarray(values_R, np.float32)
+    return pa.Array.from_buffers(pa.float32(), len(whole), [None, pa.py_buffer(whole)])
 
 
 def write_predictions(run: Path, split: str, *, table: pa.Table) -> None:

@@ -110,21 +110,26 @@ class Embedding(OptimizerSettings, Placement):
     linear_l2: float | None = Field(None, ge=0, description="the same for first-order weights; unset: as l2")
     l2_scope: Literal["batch", "table", "activations"] = Field(
         "batch",
-        description="batch: rows that the step touched, once each; table: every row, each step; activations: pooled "
+        description="batch: rows that the step touched, once each; table: every row, each step, or as l2_every_steps "
+        "says; activations: pooled "
         "vectors of each row of the batch, summed, as in the code of FM, FNN and PNN",
     )
     l2_every_steps: int = Field(
         1,
         ge=1,
-        description="l2_scope table: every row moves at each so many-th step, by the L2 of all of these; at the others "
-        "those that the step touched",
+        description="l2_scope table: every row moves at each so many-th step, by the gradient of as many L2s; at the "
+        "others those that the step touched. Adam and Adagrad make about one step of it, so choose l2 anew",
     )
 
     @model_validator(mode="after")
     def _l2_waits_for_rows(self) -> "Embedding":
-        if self.l2_every_steps > 1 and (self.l2_scope != "table" or self.update != "touched"):
-            got = f"l2_scope is '{self.l2_scope}' and update '{self.update}'"
-            raise ValueError(f"'l2_every_steps' is of l2_scope 'table' with update 'touched', {got}")
+        wanted = self.l2_scope == "table" and self.update == "touched" and bool(self.l2 or self.first_order_l2)
+        if self.l2_every_steps > 1 and not wanted:
+            got = f"l2_scope '{self.l2_scope}', update '{self.update}', l2 {self.l2:g}"
+            raise ValueError(
+                f"'l2_every_steps' is for an 'l2' of l2_scope 'table' with update 'touched', got {got}; "
+                "set these or leave it out"
+            )
         return self
 
     @property

@@ -26,7 +26,7 @@ def mean_loss(scored: Scored, batch: Batch, *, task_weights_T: Tensor, ranks: in
 
 
 def row_losses(logits_BT: Tensor, batch: Batch, *, task_weights_T: Tensor) -> Tensor:
-    """What each row adds to the logloss [B, T]."""
+    """What each row adds to the logloss [B, T], of which `mean_loss` takes the sum."""
     loss_BT = binary_cross_entropy_with_logits(logits_BT.float(), batch.labels_BT, reduction="none")
     return loss_BT * batch.weights_BT * task_weights_T
 

@@ -146,11 +146,6 @@ def fill(target: Target, column: pa.ChunkedArray, *, place: Path) -> npt.NDArray
     return values
 
 
-def column(values_R: npt.NDArray[np.float32]) -> pa.Array:
-    """Single values as `fill` reads them. Arrow's own conversion would load pandas, too."""
-    return pa.Array.from_buffers(pa.float32(), len(values_R), [None, pa.py_buffer(np.ascontiguousarray(values_R))])
-
-
 def check_ids(ids: Int64s, feature: IdFeature, *, rows: int, place: str) -> None:
     """Raises Fault where an id is no row of its table; -1, no id, may stand in lists."""
     lowest = -1 if feature.dtype == "list<int64>" else 0

@@ -20,7 +20,8 @@ from recsys.optim import scaled, start_states, state_count, update
 from recsys.parallel.kernels import Lookup, Mover, Rule, fits, rule
 from recsys.parallel.row_rules import l2_of, moves_every_row, needs_own_rows, parts_of
 
-_CHUNK_ROWS = 1 << 15
+_CHUNK_ROWS = {"cpu": 1 << 15, "cuda": 1 << 21}
+"""Rows that move at once where all do: few enough for a cache, many enough for a GPU."""
 _PLACES = {EmbeddingLocation.HOST: "host", EmbeddingLocation.DEVICE: "dev", EmbeddingLocation.MANAGED: "uvm"}
 
 
@@ -170,6 +171,11 @@ class RowGroup:
         """What regularises rows when a step touches them."""
         return self.l2_W if self._embedding.l2_scope == "batch" else None
 
+    @property
+    def _whole_l2_W(self) -> Tensor | None:
+        """What regularises rows when a step moves all of them."""
+        return self.l2_W if self._embedding.l2_scope == "table" else None
+
     def start(self) -> None:
         """States where training begins, from the weights as they are."""
         for part in self.parts:
@@ -198,13 +204,15 @@ class RowGroup:
 
     def _move_all(self, touched_R: Tensor, gradient_RW: Tensor, *, optimizer: RowOptimizer) -> None:
         """Every row, in chunks: also of tables beside which there is no room for a gradient of their size."""
-        for begin in range(0, len(self.weights_RW), _CHUNK_ROWS):
-            chunk = [whole[begin : begin + _CHUNK_ROWS] for whole in (self.weights_RW, *self.states)]
-            low, high = torch.searchsorted(touched_R, touched_R.new_tensor([begin, begin + _CHUNK_ROWS])).tolist()
+        rows, size = len(self.weights_RW), _CHUNK_ROWS[self.weights_RW.device.type]
+        begins = list(range(0, rows, size))
+        ends = torch.searchsorted(touched_R, touched_R.new_tensor([*begins, rows])).tolist()
+        for begin, low, high in zip(begins, ends, ends[1:], strict=False):
+            chunk = [whole[begin : begin + size] for whole in (self.weights_RW, *self.states)]
             gradients = gradient_RW.new_zeros(chunk[0].shape)
             gradients.index_copy_(0, touched_R[low:high] - begin, gradient_RW[low:high])
-            if self.l2_W is not None and self._touched_l2_W is None:
-                gradients.addcmul_(chunk[0], self.l2_W)
+            if self._whole_l2_W is not None:
+                gradients.addcmul_(chunk[0], self._whole_l2_W)
             self._update(chunk, gradients, optimizer=optimizer)
 
     def _update(self, memory: Sequence[Tensor], gradient_RW: Tensor, *, optimizer: RowOptimizer) -> None:

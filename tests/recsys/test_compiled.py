@@ -18,20 +18,22 @@ from tests.recsys.test_learner import STEP_ROWS, learnt
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("bf16", 0.02)])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_a_compiled_dense_part_learns_the_same(dataset: Path, accumulate: int) -> None:
+def test_a_compiled_dense_part_learns_the_same(dataset: Path, accumulate: int, precision: str, limit: float) -> None:
     """Also of a last step that copies fill up; a second shape would be a second program."""
     torch._dynamo.reset()
     counters.clear()
     settings: dict[str, Any] = {"batch_size": STEP_ROWS // accumulate, "accumulate": accumulate, "clip_norm": 0.05}
+    settings["precision"] = precision
     plain, compiled = (
         experiment(train=settings | {"compile": on}, model={"kind": "deepfm", "keep_prob": 1.0}) for on in (False, True)
     )
     with open_world("cpu") as world:
         (wanted, losses), (found, others) = (learnt(e, SCHEMA, data=dataset, world=world) for e in (plain, compiled))
-    assert others == pytest.approx(losses, abs=1e-5)
+    assert others == pytest.approx(losses, abs=limit)
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=limit, msg=name)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
@@ -59,10 +61,9 @@ def test_a_bias_apart_from_its_product_in_bf16_is_the_same_layer(shape: tuple[in
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.02)
     gradient = torch.randn(*wanted.shape).bfloat16()
-    for own, plain in zip(
-        *(torch.autograd.grad(y, [*layer.parameters()], gradient.to(y.dtype)) for y in (found, wanted)), strict=True
-    ):
-        torch.testing.assert_close(own, plain, rtol=0.01, atol=0.02)
+    ours, plain = (torch.autograd.grad(y, [layer.weight, layer.bias], gradient.to(y.dtype)) for y in (found, wanted))
+    torch.testing.assert_close(ours[0], plain[0], rtol=0.01, atol=0.02)
+    torch.testing.assert_close(ours[1], plain[1], rtol=0, atol=1e-5)  # torch's own way rounds it to bf16
 
 
 def test_a_machine_without_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

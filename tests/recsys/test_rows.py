@@ -206,16 +206,18 @@ def test_our_own_optimizers_move_rows_as_a_loop_does(name: str, moved: str, scop
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "wide_and_deep"])
 def test_l2_of_several_steps_at_once(name: str, chunk: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row moves at steps 2 and 4, by twice the L2; only what was looked up at 1 and 3."""
-    monkeypatch.setattr(rows, "_CHUNK_ROWS", chunk)
+    monkeypatch.setattr(rows, "_CHUNK_ROWS", {"cpu": chunk, "cuda": chunk})
     settings = (OPTIMIZERS | {"wide_and_deep": WIDE_AND_DEEP})[name]
     embedding = embedding_of(settings, l2_scope="table", l2_every_steps=2, **L2)
     compare(config_of("deepfm", **DEEPFM), embedding, world=world)
 
 
-@pytest.mark.parametrize("wrong", [{"l2_scope": "batch"}, {"l2_scope": "table", "update": "all"}])
-def test_l2_of_several_steps_is_of_whole_tables_with_touched_rows(wrong: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="'l2_every_steps' is of l2_scope 'table' with update 'touched'"):
-        embedding_of(OPTIMIZERS["adam"], l2_every_steps=2, **wrong)
+@pytest.mark.parametrize("wrong", [{"l2_scope": "batch"}, {"update": "all"}, {"l2": 0.0, "linear_l2": 0.0}])
+def test_l2_of_several_steps_is_of_whole_tables_with_touched_rows(wrong: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"l2_scope": "table", "l2_every_steps": 2} | L2
+    assert embedding_of(OPTIMIZERS["adam"], **settings).l2_every_steps == 2
+    with pytest.raises(ValueError, match="'l2_every_steps' is for an 'l2' of l2_scope 'table' with update 'touched'"):
+        embedding_of(OPTIMIZERS["adam"], **settings | wrong)
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "wide_and_deep"])
