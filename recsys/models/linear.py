@@ -9,18 +9,20 @@ from torch.autograd import Function
 _ALIGNED = 16
 _FEW = 4
 _ROWS = 8  # whose gradients are added up before those of others
+_LARGE = 1 << 20  # outputs that no longer lie in a core's cache
 
 
 class Linear(nn.Linear):
     """torch's linear layer with a faster gradient of its inputs where their number is odd: [B, D] -> [B, out].
 
     A matrix product into rows of, say, 429 floats takes up to twice the time of one into rows of 432 on CPU. In a
-    compiled training step the bias of a product in bf16 joins the passes that follow: oneDNN would have it written to
-    every row of the outputs before.
+    compiled training step the bias of a large product in bf16 joins the passes that follow: oneDNN would have it
+    written to every row of the outputs before.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if _in_compiled_step(self.weight) and torch.is_autocast_enabled("cpu") and self.bias is not None:
+        in_bf16 = _in_compiled_step(self.weight) and torch.is_autocast_enabled("cpu")
+        if in_bf16 and self.bias is not None and input.shape[:-1].numel() * self.out_features >= _LARGE:
             product = nn.functional.linear(input, self.weight)
             return torch.as_tensor(_Biased.apply(product, self.bias))  # type: ignore[no-untyped-call]
         plain = not self.training or self.in_features % _ALIGNED == 0 or torch.is_autocast_enabled(input.device.type)
