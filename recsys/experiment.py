@@ -111,8 +111,7 @@ class Embedding(OptimizerSettings, Placement):
     l2_scope: Literal["batch", "table", "activations"] = Field(
         "batch",
         description="batch: rows that the step touched, once each; table: every row, each step, or as l2_every_steps "
-        "says; activations: pooled "
-        "vectors of each row of the batch, summed, as in the code of FM, FNN and PNN",
+        "says; activations: pooled vectors of each row of the batch, summed, as in the code of FM, FNN and PNN",
     )
     l2_every_steps: int = Field(
         1,

@@ -17,8 +17,7 @@ def mean_loss(scored: Scored, batch: Batch, *, task_weights_T: Tensor, ranks: in
     Gradients are averaged over ranks afterwards. A task's mean is over all rows, also those that its condition leaves
     out; the penalty is a sum over rows, as published.
     """
-    logits_BT, weights_BT = scored.logits_BT.float(), batch.weights_BT * task_weights_T
-    summed = binary_cross_entropy_with_logits(logits_BT, batch.labels_BT, weight=weights_BT, reduction="sum")
+    summed = _loglosses(scored.logits_BT, batch, task_weights_T=task_weights_T, reduction="sum")
     logloss = summed * (ranks / batch.global_rows)
     if scored.penalty_B is None:
         return logloss, logloss
@@ -27,8 +26,12 @@ def mean_loss(scored: Scored, batch: Batch, *, task_weights_T: Tensor, ranks: in
 
 def row_losses(logits_BT: Tensor, batch: Batch, *, task_weights_T: Tensor) -> Tensor:
     """What each row adds to the logloss [B, T], of which `mean_loss` takes the sum."""
-    loss_BT = binary_cross_entropy_with_logits(logits_BT.float(), batch.labels_BT, reduction="none")
-    return loss_BT * batch.weights_BT * task_weights_T
+    return _loglosses(logits_BT, batch, task_weights_T=task_weights_T, reduction="none")
+
+
+def _loglosses(logits_BT: Tensor, batch: Batch, *, task_weights_T: Tensor, reduction: str) -> Tensor:
+    weights_BT = batch.weights_BT * task_weights_T
+    return binary_cross_entropy_with_logits(logits_BT.float(), batch.labels_BT, weight=weights_BT, reduction=reduction)
 
 
 def penalised_layers(head: Head, layer_l2: float | list[float]) -> list[tuple[nn.Linear, float]]:
