@@ -46,6 +46,7 @@ class Network(nn.Module):
         self._every_slot_filled = all(run.plain for run in layout.runs)
         self._columns_in_order = layout.columns == tuple(range(len(layout.columns)))
         self._order: tuple[Tensor, Tensor] | None = None
+        self._bounds: tuple[Tensor, Tensor] | None = None
         self._l2 = (embedding.l2, embedding.first_order_l2) if embedding.l2_scope == "activations" else (0.0, 0.0)
         self.register_buffer("columns", torch.tensor(layout.columns, dtype=torch.int64), persistent=False)
 
@@ -84,10 +85,19 @@ class Network(nn.Module):
         every = self._columns_in_order and ids_BS.shape[1] == len(self._names)
         ids_SB = (ids_BS if every else ids_BS.index_select(1, self.columns)).t()
         if self._every_slot_filled:
-            values = ids_SB.reshape(-1)
-            return KeyedJaggedTensor(self._names, values, lengths=torch.ones_like(values, dtype=torch.int32))
+            return self._single_ids(ids_SB)
         filled_SB = ids_SB >= 0
         return KeyedJaggedTensor(self._names, ids_SB[filled_SB], lengths=filled_SB.reshape(-1).to(torch.int32))
+
+    def _single_ids(self, ids_SB: Tensor) -> KeyedJaggedTensor:
+        """One id for each slot and row; where each begins is the same for all batches of a size."""
+        values, (slots, size) = ids_SB.reshape(-1), ids_SB.shape
+        if self._bounds is None or len(self._bounds[0]) != len(values) or self._bounds[0].device != values.device:
+            lengths = torch.ones_like(values, dtype=torch.int32)
+            self._bounds = lengths, torch.arange(len(values) + 1, device=values.device)
+        lengths, offsets = self._bounds
+        each = {"stride": size, "length_per_key": [size] * slots}
+        return KeyedJaggedTensor(self._names, values, lengths=lengths, offsets=offsets, **each)
 
     def _in_order(self, pooled: KeyedTensor) -> Tensor:
         """A sharded lookup answers in the order of its plan, and small vectors without the zeros that follow them."""

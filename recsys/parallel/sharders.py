@@ -8,17 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, Stats
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
-from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.distributed.types import CacheParams, ShardingPlan
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim import RowWiseAdagrad
@@ -27,8 +24,8 @@ from etl.faults import Fault
 from recsys.experiment import Embedding
 from recsys.host_memory import host_memory_bytes
 from recsys.optim import state_count
-from recsys.parallel.exchange import AllToAll, Scatter
 from recsys.parallel.row_rules import needs_own_rows
+from recsys.parallel.tables import Tables
 from recsys.parallel.world import World
 from recsys.placement import LANE, Resolved
 
@@ -84,27 +81,6 @@ def hardware_here(world: World) -> Hardware:
     return Hardware(world.size, hosts, world.device.type, hbm_bytes, host_memory_bytes())
 
 
-class _Tables(ShardedEmbeddingBagCollection):  # type: ignore[misc]
-    """Keeps data_parallel tables out of DDP, since their optimizer takes the gradient inside the backward pass; sends
-    what was looked up over gloo by exchanges of our own."""
-
-    def leave_ddp(self) -> None:
-        """Takes off the wrapper that torchrec needs while it builds the module."""
-        for at, lookup in enumerate(self._lookups):
-            self._lookups[at] = lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
-
-    def exchange_over_gloo(self) -> None:
-        """Takes the place of torchrec's exchanges of row_wise and of table_wise lookups that send fp32 over gloo."""
-        for output in self._output_dists if self._device.type == "cpu" and self._env.world_size > 1 else ():
-            if isinstance(output, RwPooledEmbeddingDist) and output._codecs is None:
-                output._dist = Scatter(output._pg)
-            elif isinstance(output, TwPooledEmbeddingDist) and output._codecs is None and not output._callbacks:
-                output._dist = AllToAll(output._pg, widths=output._dim_sum_per_rank)
-
-    def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
-        yield from (f"{prefix}.{name}" if prefix else name for name, _ in self.named_parameters())
-
-
 class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     """All sharding types on every device: torchrec offers those that cut rows on CUDA alone, though its CPU kernels
     have them."""
@@ -112,11 +88,11 @@ class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return sorted(kind.value for kind in ShardingType)
 
-    def shard(self, module: EmbeddingBagCollection, *rest: Any) -> _Tables:
+    def shard(self, module: EmbeddingBagCollection, *rest: Any) -> Tables:
         """`rest`: the tables' parts of the plan, the processes, the device and the module's name."""
         params, env, device, *name = rest
         codecs = self.qcomm_codecs_registry
-        tables = _Tables(module, params, env, self.fused_params, device, codecs, *name)
+        tables = Tables(module, params, env, self.fused_params, device, codecs, *name)
         tables.leave_ddp()
         tables.exchange_over_gloo()
         return tables
