@@ -14,7 +14,7 @@ parquet file to npz before it starts. All sides compute in fp32 unless `--precis
 sides compute on one GPU, and the peers wait for it at the end of each step.
 
 The libraries are installed into environments of their own below `--cache` the first time. The last line is a JSON
-object of the ratios of rows/s (medians over the rounds).
+object of the ratios of rows/s (medians over the rounds) and of peak memory (the most of all rounds).
 """
 
 import argparse
@@ -51,6 +51,12 @@ STEPS = {1024: (10, 60), 4096: (6, 24), 16384: (3, 12)}
 LONGER = 4
 """Ours has so many times the steps, as one takes a tenth of the time, and as many times the warm-up."""
 OWN = {"ours": [], "ours_adam": ["embedding.optimizer=adam", "embedding.learning_rate=0.001"]}
+DIFFERENCES = {
+    "ours": "row-wise Adagrad of touched rows, no L2",
+    "ours_adam": "Adam of touched rows, no L2",
+    "deepctr": "Adam of all rows, L2 of the tables",
+    "fuxictr": "Adam of all rows, no L2, norm clipped",
+}
 LIMIT = """
 import sys, time, torch
 torch.set_num_threads(2)
@@ -109,17 +115,21 @@ def compare(folder: Path, model: str, *, batch_size: int, options: argparse.Name
         for side, found in runs.items():
             found.append(one_run(side, folder, model=model, batch_size=batch_size, options=options))
     rates = {side: median(run.rows_per_second for run in found) for side, found in runs.items()}
+    memory = {side: max(run.gigabytes for run in found) for side, found in runs.items()}
     each_limit = " ".join(f"{limit:.0f}" for limit in limits)
     print(f"{model}, batch {batch_size}, GEMM limit in {options.precision} before each round: {each_limit} GFLOP/s")
     for side, found in runs.items():
         each = " ".join(f"{run.rows_per_second:,.0f}" for run in found)
-        print(f"  {side:10} {rates[side]:10,.0f} rows/s  {max(run.gigabytes for run in found):5.2f} GB   ({each})")
-    sys.stdout.flush()
+        how = f"{'fp32' if side in PACKAGES else options.precision}, {DIFFERENCES[side]}"
+        print(f"  {side:10} {rates[side]:10,.0f} rows/s  {memory[side]:5.2f} GB  {how:45}  ({each})")
     name, figures = f"{model}_{batch_size}_{options.precision}", {}
     for own in [side for side in options.sides if side in OWN]:
         label = name + own.removeprefix("ours")
         for peer in [side for side in options.sides if side in PACKAGES]:
-            figures[f"{label}_vs_{peer}"] = round(rates[own] / rates[peer], 2)
+            figures[f"{label}_vs_{peer}"] = faster = round(rates[own] / rates[peer], 2)
+            figures[f"{label}_memory_vs_{peer}"] = smaller = round(memory[own] / memory[peer], 2)
+            print(f"  {own} has {faster} times the rows/s of {peer} in {smaller} times its memory")
+    sys.stdout.flush()
     if "ours" in rates and model == "deepfm":
         flops = 3 * 2 * sum(a * b for a, b in ((26 * 16 + 13, 400), (400, 400), (400, 400), (400, 1)))
         shares = [run.rows_per_second * flops / limit / 1e9 for run, limit in zip(runs["ours"], limits, strict=True)]

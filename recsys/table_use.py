@@ -38,14 +38,22 @@ def table_uses(schema: Schema, groups: Sequence[RowGroup], *, world: World) -> d
     """Counted by all ranks together, each on its share of the row groups; every rank has to call."""
     own = groups[world.rank :: world.size]
     features = {t.name: [f.name for f in schema.features if f.table == t.name] for t in schema.tables}
-    return {t.name: _use(t.rows, features[t.name], groups=own, world=world) for t in schema.tables}
+    memory_R = np.empty(min(_BLOCK, max([0, *(t.rows for t in schema.tables)])), np.int64)
+    return {
+        table.name: _use(table.rows, features[table.name], groups=own, world=world, memory_R=memory_R)
+        for table in schema.tables
+    }
 
 
-def _use(rows: int, columns: list[str], *, groups: Sequence[RowGroup], world: World) -> TableUse:
+def _use(
+    rows: int, columns: list[str], *, groups: Sequence[RowGroup], world: World, memory_R: npt.NDArray[np.int64]
+) -> TableUse:
+    """`memory_R` is that of all counts: beside new memory the last one's might still be there."""
     rows_by_count: Counter[int] = Counter()
     for first in range(0, rows, _BLOCK):
         size = min(_BLOCK, rows - first)
-        counts_R = np.zeros(size, np.int64)
+        counts_R = memory_R[:size]
+        counts_R.fill(0)
         for ids in _ids(columns, groups):
             np.add.at(counts_R, ids[(ids >= first) & (ids < first + size)] - first, 1)
         summed_R = torch.from_numpy(counts_R).to(world.device)
