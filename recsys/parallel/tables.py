@@ -17,7 +17,7 @@ from recsys.parallel.exchange import AllToAll, Scatter
 class Tables(ShardedEmbeddingBagCollection):  # type: ignore[misc]
     """Keeps data_parallel tables out of DDP, since their optimizer takes the gradient inside the backward pass; sends
     what was looked up over gloo by exchanges of our own. A lone rank on CPU whose tables are whole asks their FBGEMM
-    modules itself: the way through torchrec's exchanges takes 1 ms a step there."""
+    modules itself: the way through torchrec's exchanges takes up to 1 ms a step there."""
 
     def leave_ddp(self) -> None:
         """Takes off the wrapper that torchrec needs while it builds the module."""
@@ -40,7 +40,7 @@ class Tables(ShardedEmbeddingBagCollection):  # type: ignore[misc]
             features = features.permute(self._features_order, self._features_order_tensor)
         [lookup] = self._lookups
         parts = zip(lookup._emb_modules, features.split(lookup._feature_splits), strict=True)
-        sums = [module.emb_module(part.values(), part.offsets()) for module, part in parts]
+        sums = [module.emb_module(part.values(), part.offsets().long()) for module, part in parts]
         sums_BD = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
         return KeyedTensor(self._embedding_names, self._embedding_dims, sums_BD)
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torchrec import KeyedTensor
+from torchrec import KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from recsys.learner import Learner
 from recsys.parallel.tables import Tables
 from recsys.parallel.world import open_world
-from tests.recsys.conftest import SCHEMA, experiment
+from tests.recsys.conftest import ROWS, SCHEMA, experiment
 from tests.recsys.test_dims import FEATURES, rows
 from tests.recsys.test_learner import learnt
 
@@ -50,6 +50,21 @@ def test_learns_the_same(dataset: Path, sections: dict[str, Any], monkeypatch: p
     assert losses == theirs
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_bags_may_be_empty_or_long(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr("recsys.parallel.kernels.library", lambda: None)
+    lengths = torch.tensor([0, 3, 1, 2, 0, 0, 1, 1, 0], dtype=torch.int32)
+    with open_world("cpu") as world:
+        tables = Learner(experiment(), SCHEMA, world=world).model.module.tables
+        bags = KeyedJaggedTensor(list(ROWS), torch.tensor([59, 0, 0, 7, 29, 29, 399, 1]), lengths=lengths)
+        wanted = ShardedEmbeddingBagCollection.forward(tables, bags).wait().values()
+        found = tables(bags)
+    assert type(found) is KeyedTensor
+    assert torch.equal(found.values(), wanted) and wanted.any()
+    assert not found["user"][0].any() and found["user"][1].any()
 
 
 def test_copied_tables_go_through_torchrec() -> None:
