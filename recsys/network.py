@@ -96,8 +96,10 @@ class Network(nn.Module):
             lengths = torch.ones_like(values, dtype=torch.int32)
             self._bounds = lengths, torch.arange(len(values) + 1, device=values.device)
         lengths, offsets = self._bounds
-        each = {"stride": size, "length_per_key": [size] * slots}
-        return KeyedJaggedTensor(self._names, values, lengths=lengths, offsets=offsets, **each)
+        of_keys = [size] * slots
+        return KeyedJaggedTensor(
+            self._names, values, lengths=lengths, offsets=offsets, stride=size, length_per_key=of_keys
+        )
 
     def _in_order(self, pooled: KeyedTensor) -> Tensor:
         """A sharded lookup answers in the order of its plan, and small vectors without the zeros that follow them."""

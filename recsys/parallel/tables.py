@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 from torchrec import KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.embedding_types import ShardingType
@@ -16,8 +15,8 @@ from recsys.parallel.exchange import AllToAll, Scatter
 
 class Tables(ShardedEmbeddingBagCollection):  # type: ignore[misc]
     """Keeps data_parallel tables out of DDP, since their optimizer takes the gradient inside the backward pass; sends
-    what was looked up over gloo by exchanges of our own. A lone rank on CPU whose tables are whole asks their FBGEMM
-    modules itself: the way through torchrec's exchanges takes up to 1 ms a step there."""
+    what was looked up over gloo by exchanges of our own. A lone rank on CPU whose tables are whole looks
+    up without any: the way through torchrec's exchanges takes up to 1 ms a step there."""
 
     def leave_ddp(self) -> None:
         """Takes off the wrapper that torchrec needs while it builds the module."""
@@ -39,10 +38,7 @@ class Tables(ShardedEmbeddingBagCollection):  # type: ignore[misc]
         if self._has_features_permute:
             features = features.permute(self._features_order, self._features_order_tensor)
         [lookup] = self._lookups
-        parts = zip(lookup._emb_modules, features.split(lookup._feature_splits), strict=True)
-        sums = [module.emb_module(part.values(), part.offsets().long()) for module, part in parts]
-        sums_BD = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
-        return KeyedTensor(self._embedding_names, self._embedding_dims, sums_BD)
+        return KeyedTensor(self._embedding_names, self._embedding_dims, lookup(features))
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         yield from (f"{prefix}.{name}" if prefix else name for name, _ in self.named_parameters())
